@@ -1,0 +1,293 @@
+// Rotation and RMSNorm of head rows: the shared body of rope.cpp, qk_norm.cpp and rope_qk_norm.cpp.
+//
+// R is the rotation of the pairs (i, i + Dh/2) by theta, or by -theta when inverse:
+//     o1 = x1*cos - x2*sin     o2 = x2*cos + x1*sin
+// Rotation first:  y = w * n,  n = R x * rstd.     Norm first:  y = R (w * n),  n = x * rstd.
+// Tables need not be unit (YaRN scales them, bfloat16 rounds them): |R p|^2 = (cos^2 + sin^2) |p|^2.
+// Backward: g = dy (rotation first) or R^T dy (norm first), dw = sum g*n, g *= w,
+//     d = rstd * (g - n * mean(g*n)),  dx = R^T d (rotation first) or d (norm first).
+// Rotation first and no weight: n is the output, so backward reads dy, y and rstd. Else x is kept.
+//
+// Bytes, in N*H*Dh*sizeof(T) per tensor: forward 2 (x, y), backward 3 (dy, kept, dx). A row of Dh
+// elements is read twice, the second time from L1; a token's cos and sin serve all heads of q and k.
+// Interleaved pairs (2i, 2i+1) are brought into halves in L1 on the way in and back on the way out.
+#pragma once
+
+#include "kernels.h"
+#include "vec.h"
+
+MVSPLIT_KERNELS_BEGIN
+
+namespace {
+
+enum class Op { rope, qk_norm, rope_qk_norm };
+
+// All that one row needs, with its types.
+template <class T>
+struct HeadRow {
+    const acc_t<T>* cos;
+    const acc_t<T>* sin;      // negated when the rotation is inverse
+    const acc_t<T>* squares;  // cos^2 + sin^2
+    int64_t half;
+    const acc_t<T>* weight;
+};
+
+template <class T>
+struct Pair {
+    Acc<T> a, b;
+};
+
+template <class T>
+Pair<T> rotate(const Pair<T>& p, const Acc<T>& c, const Acc<T>& s) {
+    return {p.a * c - p.b * s, p.b * c + p.a * s};
+}
+
+template <class T>
+Pair<T> unrotate(const Pair<T>& p, const Acc<T>& c, const Acc<T>& s) {
+    return {p.a * c + p.b * s, p.b * c - p.a * s};
+}
+
+template <class T, class Count>
+Pair<T> load_pair(const T* x, int64_t i, int64_t half, Count n) {
+    return {load(x + i, n), load(x + half + i, n)};
+}
+
+template <class T, class Count>
+Pair<T> load_pair_acc(const acc_t<T>* x, int64_t i, int64_t half, Count n) {
+    return {load_acc<T>(x + i, n), load_acc<T>(x + half + i, n)};
+}
+
+template <class T, Op op, bool norm_first>
+void forward_row(const T* x, T* y, acc_t<T>* rstd, const HeadRow<T>& h, double eps) {
+    Acc<T> scale(1);
+    if constexpr (op != Op::rope) {
+        Acc<T> squares(0);
+        for_chunks<T>(h.half, [&](int64_t i, auto n) {
+            const Pair<T> p = load_pair(x, i, h.half, n);
+            if constexpr (op == Op::rope_qk_norm && !norm_first)
+                squares = fmadd(fmadd(p.a, p.a, p.b * p.b), load_acc<T>(h.squares + i, n), squares);
+            else
+                squares = fmadd(p.a, p.a, fmadd(p.b, p.b, squares));
+        });
+        *rstd = acc_t<T>(1) / std::sqrt(sum<T>(squares) / (2 * h.half) + acc_t<T>(eps));
+        scale = Acc<T>(*rstd);
+    }
+    for_chunks<T>(h.half, [&](int64_t i, auto n) {
+        Pair<T> p = load_pair(x, i, h.half, n);
+        const auto weigh = [&] {
+            if (!h.weight) return;
+            const Pair<T> w = load_pair_acc<T>(h.weight, i, h.half, n);
+            p = {p.a * w.a, p.b * w.b};
+        };
+        if constexpr (op != Op::rope) p = {p.a * scale, p.b * scale};
+        if constexpr (op != Op::rope && norm_first) weigh();
+        if constexpr (op != Op::qk_norm)
+            p = rotate<T>(p, load_acc<T>(h.cos + i, n), load_acc<T>(h.sin + i, n));
+        if constexpr (op != Op::rope && !norm_first) weigh();
+        store(y + i, p.a, n);
+        store(y + h.half + i, p.b, n);
+    });
+}
+
+// Rotation first, no weight: n is y.
+template <class T, Op op>
+void backward_row(const T* dy, const T* y, acc_t<T> rstd, T* dx, const HeadRow<T>& h) {
+    Acc<T> dots(0);
+    for_chunks<T>(2 * h.half, [&](int64_t i, auto n) {
+        dots = fmadd(load(dy + i, n), load(y + i, n), dots);
+    });
+    const Acc<T> r(rstd), c(rstd * sum<T>(dots) / (2 * h.half));
+    for_chunks<T>(h.half, [&](int64_t i, auto n) {
+        const Pair<T> g = load_pair(dy, i, h.half, n), k = load_pair(y, i, h.half, n);
+        Pair<T> d = {g.a * r - k.a * c, g.b * r - k.b * c};
+        if constexpr (op == Op::rope_qk_norm)
+            d = unrotate<T>(d, load_acc<T>(h.cos + i, n), load_acc<T>(h.sin + i, n));
+        store(dx + i, d.a, n);
+        store(dx + h.half + i, d.b, n);
+    });
+}
+
+// Otherwise x is kept and n computed again. `scratch` holds 4*half elements, g and n.
+template <class T, Op op, bool norm_first>
+void backward_from_x_row(const T* dy, const T* x, acc_t<T> rstd, T* dx, acc_t<T>* dweight,
+                           acc_t<T>* scratch, const HeadRow<T>& h) {
+    constexpr bool rotates = op == Op::rope_qk_norm;
+    const int64_t half = h.half;
+    acc_t<T>*gs = scratch, *ns = scratch + 2 * half;
+    const Acc<T> r(rstd);
+    Acc<T> dots(0);
+    for_chunks<T>(half, [&](int64_t i, auto n) {
+        Pair<T> g = load_pair(dy, i, half, n), k = load_pair(x, i, half, n);
+        if constexpr (rotates) {
+            const Acc<T> c = load_acc<T>(h.cos + i, n), s = load_acc<T>(h.sin + i, n);
+            if constexpr (norm_first)
+                g = unrotate<T>(g, c, s);
+            else
+                k = rotate<T>(k, c, s);
+        }
+        k = {k.a * r, k.b * r};
+        if (h.weight) {
+            const Pair<T> w = load_pair_acc<T>(h.weight, i, half, n);
+            const Pair<T> dw = load_pair_acc<T>(dweight, i, half, n);
+            store_acc<T>(dweight + i, fmadd(g.a, k.a, dw.a), n);
+            store_acc<T>(dweight + half + i, fmadd(g.b, k.b, dw.b), n);
+            g = {g.a * w.a, g.b * w.b};
+        }
+        dots = fmadd(g.a, k.a, fmadd(g.b, k.b, dots));
+        store_acc<T>(gs + i, g.a, n), store_acc<T>(gs + half + i, g.b, n);
+        store_acc<T>(ns + i, k.a, n), store_acc<T>(ns + half + i, k.b, n);
+    });
+    const Acc<T> mean(sum<T>(dots) / (2 * half));
+    for_chunks<T>(half, [&](int64_t i, auto n) {
+        const Pair<T> g = load_pair_acc<T>(gs, i, half, n), k = load_pair_acc<T>(ns, i, half, n);
+        Pair<T> d = {r * (g.a - k.a * mean), r * (g.b - k.b * mean)};
+        if constexpr (rotates && !norm_first)
+            d = unrotate<T>(d, load_acc<T>(h.cos + i, n), load_acc<T>(h.sin + i, n));
+        store(dx + i, d.a, n);
+        store(dx + half + i, d.b, n);
+    });
+}
+
+// (x0, y0, x1, y1, ..) -> (x0, x1, .. | y0, y1, ..) and back.
+template <class T>
+void to_halves(const T* in, T* out, int64_t half) {
+    for (int64_t i = 0; i < half; ++i) out[i] = in[2 * i], out[half + i] = in[2 * i + 1];
+}
+
+template <class T>
+void to_pairs(const T* in, T* out, int64_t half) {
+    for (int64_t i = 0; i < half; ++i) out[2 * i] = in[i], out[2 * i + 1] = in[half + i];
+}
+
+// Runs task(token range, task index) over N tokens in tasks of a fixed size.
+template <class F>
+void for_token_tasks(int64_t N, int64_t rows, const F& task) {
+    at::parallel_for(0, at::divup(N, rows), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) task(i * rows, std::min(N, (i + 1) * rows), i);
+    });
+}
+
+// The table rows of one token; what is derived from them is computed once per token, not per head.
+template <class T>
+class TokenTables {
+  public:
+    TokenTables(const HeadArgs& a)
+        : a_(a), negated_(a.rotation.inverse ? a.Dh / 2 : 0), squares_(a.Dh / 2) {}
+
+    void at(int64_t row, HeadRow<T>* h) {
+        if (!a_.rotation.cos) return;
+        const Rotation& r = a_.rotation;
+        const int64_t offset = row / a_.T * r.batch_stride + row % a_.T * r.row_stride;
+        h->cos = static_cast<const acc_t<T>*>(r.cos) + offset;
+        h->sin = static_cast<const acc_t<T>*>(r.sin) + offset;
+        for (int64_t i = 0; i < h->half; ++i)
+            squares_[i] = h->cos[i] * h->cos[i] + h->sin[i] * h->sin[i];
+        h->squares = squares_.data();
+        if (!r.inverse) return;
+        for (int64_t i = 0; i < h->half; ++i) negated_[i] = -h->sin[i];
+        h->sin = negated_.data();
+    }
+
+  private:
+    const HeadArgs& a_;
+    std::vector<acc_t<T>> negated_, squares_;
+};
+
+// A weight in the order of the halves.
+template <class T>
+std::vector<acc_t<T>> weight_in_halves(const HeadArgs& a, const void* weight) {
+    const auto* w = static_cast<const acc_t<T>*>(weight);
+    if (!w) return {};
+    std::vector<acc_t<T>> out(w, w + a.Dh);
+    if (a.rotation.interleaved) to_halves(w, out.data(), a.Dh / 2);
+    return out;
+}
+
+template <class T, Op op, bool norm_first>
+void forward(const HeadArgs& a) {
+    std::vector<acc_t<T>> weights[2];
+    for (int i = 0; i < a.count; ++i) weights[i] = weight_in_halves<T>(a, a.parts[i].weight);
+    for_token_tasks(a.B * a.T, 32, [&](int64_t begin, int64_t end, int64_t) {
+        TokenTables<T> tables(a);
+        HeadRow<T> h{nullptr, nullptr, nullptr, a.Dh / 2, nullptr};
+        std::vector<T> in(a.Dh), out(a.Dh);  // used by interleaved pairs only
+        for (int64_t row = begin; row < end; ++row) {
+            tables.at(row, &h);
+            for (int i = 0; i < a.count; ++i) {
+                const Heads& p = a.parts[i];
+                const T* x = static_cast<const T*>(p.in.data) + row * p.in.stride;
+                T* y = static_cast<T*>(p.out.data) + row * p.out.stride;
+                auto* rstd = static_cast<acc_t<T>*>(p.rstd) + (p.rstd ? row * p.heads : 0);
+                h.weight = p.weight ? weights[i].data() : nullptr;
+                for (int64_t j = 0; j < p.heads; ++j, x += a.Dh, y += a.Dh, ++rstd) {
+                    if (!a.rotation.interleaved) {
+                        forward_row<T, op, norm_first>(x, y, rstd, h, a.eps);
+                        continue;
+                    }
+                    to_halves(x, in.data(), h.half);
+                    forward_row<T, op, norm_first>(in.data(), out.data(), rstd, h, a.eps);
+                    to_pairs(out.data(), y, h.half);
+                }
+            }
+        }
+    });
+}
+
+template <class T, Op op, bool norm_first>
+void backward(const HeadArgs& a) {
+    const int64_t N = a.B * a.T, rows = rows_per_task(N), tasks = at::divup(N, rows);
+    std::vector<acc_t<T>> weights[2], partials[2];  // partials: one row of dweight per task
+    for (int i = 0; i < a.count; ++i) {
+        weights[i] = weight_in_halves<T>(a, a.parts[i].weight);
+        if (a.parts[i].weight) partials[i].assign(tasks * a.Dh, 0);
+    }
+    for_token_tasks(N, rows, [&](int64_t begin, int64_t end, int64_t task) {
+        TokenTables<T> tables(a);
+        HeadRow<T> h{nullptr, nullptr, nullptr, a.Dh / 2, nullptr};
+        std::vector<acc_t<T>> scratch(2 * a.Dh);
+        std::vector<T> halves(3 * a.Dh);  // used by interleaved pairs only
+        T *g2 = halves.data(), *k2 = g2 + a.Dh, *d2 = k2 + a.Dh;
+        for (int64_t row = begin; row < end; ++row) {
+            tables.at(row, &h);
+            for (int i = 0; i < a.count; ++i) {
+                const Heads& p = a.parts[i];
+                const T* dy = static_cast<const T*>(p.in.data) + row * p.in.stride;
+                const T* kept = static_cast<const T*>(p.kept.data) + row * p.kept.stride;
+                T* dx = static_cast<T*>(p.out.data) + row * p.out.stride;
+                const auto* rstd = static_cast<const acc_t<T>*>(p.rstd) + row * p.heads;
+                acc_t<T>* dweight = p.weight ? partials[i].data() + task * a.Dh : nullptr;
+                h.weight = p.weight ? weights[i].data() : nullptr;
+                const auto one_row = [&](const T* g, const T* k, T* d, acc_t<T> r) {
+                    if (h.weight || norm_first)
+                        backward_from_x_row<T, op, norm_first>(g, k, r, d, dweight, scratch.data(),
+                                                               h);
+                    else
+                        backward_row<T, op>(g, k, r, d, h);
+                };
+                for (int64_t j = 0; j < p.heads; ++j, dy += a.Dh, kept += a.Dh, dx += a.Dh) {
+                    if (!a.rotation.interleaved) {
+                        one_row(dy, kept, dx, rstd[j]);
+                        continue;
+                    }
+                    to_halves(dy, g2, h.half), to_halves(kept, k2, h.half);
+                    one_row(g2, k2, d2, rstd[j]);
+                    to_pairs(d2, dx, h.half);
+                }
+            }
+        }
+    });
+    for (int i = 0; i < a.count; ++i) {
+        if (!a.parts[i].weight) continue;
+        std::vector<acc_t<T>> total(a.Dh, 0);
+        add_rows(total.data(), partials[i].data(), tasks, a.Dh, a.Dh);
+        auto* out = static_cast<acc_t<T>*>(a.parts[i].dweight);
+        if (a.rotation.interleaved)
+            to_pairs(total.data(), out, a.Dh / 2);
+        else
+            std::copy(total.begin(), total.end(), out);
+    }
+}
+
+}  // namespace
+
+MVSPLIT_KERNELS_END

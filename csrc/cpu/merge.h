@@ -1,0 +1,104 @@
+// Rows of a residual merge: the shared body of mvsplit_rmsnorm.cpp and residual_rmsnorm.cpp.
+//
+//     z = x + beta*f + m       m: one vector per segment (MV-Split) or none
+//     y = z * rstd * weight    rstd = rsqrt(mean_d z^2 + eps)
+//     dz = rstd * (g - n * mean_d(g*n)),  n = z * rstd,  g = dy * weight,  dweight = sum dy * n
+#pragma once
+
+#include "kernels.h"
+#include "vec.h"
+
+MVSPLIT_KERNELS_BEGIN
+
+namespace {
+
+// Parameter vectors of D elements; a null beta is 1, a null m is 0, a null weight is 1.
+template <class T>
+struct RowParams {
+    const acc_t<T>* beta = nullptr;
+    const acc_t<T>* m = nullptr;
+    const acc_t<T>* weight = nullptr;
+};
+
+template <class T, bool has_beta, bool has_m, class Count>
+Acc<T> merged(const T* x, const T* f, const RowParams<T>& p, int64_t i, Count n) {
+    Acc<T> z = load(x + i, n);
+    if constexpr (has_m) z = z + load_acc<T>(p.m + i, n);
+    if constexpr (has_beta)
+        return fmadd(load_acc<T>(p.beta + i, n), load(f + i, n), z);
+    else
+        return z + load(f + i, n);
+}
+
+// One row forward; returns rstd. `scratch` holds D elements of z in L1 between the two sweeps.
+template <class T, bool has_beta, bool has_m>
+acc_t<T> forward_row(const T* x, const T* f, T* y, const RowParams<T>& p, acc_t<T>* scratch,
+                     int64_t D, double eps) {
+    Acc<T> squares(0);
+    for_chunks<T>(D, [&](int64_t i, auto n) {
+        const Acc<T> z = merged<T, has_beta, has_m>(x, f, p, i, n);
+        squares = fmadd(z, z, squares);
+        store_acc<T>(scratch + i, z, n);
+    });
+    const acc_t<T> rstd = acc_t<T>(1) / std::sqrt(sum<T>(squares) / D + acc_t<T>(eps));
+    const Acc<T> r(rstd);
+    for_chunks<T>(D, [&](int64_t i, auto n) {
+        Acc<T> v = load_acc<T>(scratch + i, n) * r;
+        if (p.weight) v = v * load_acc<T>(p.weight + i, n);
+        store(y + i, v, n);
+    });
+    return rstd;
+}
+
+// Where a row's n comes from: y without a weight (x is not needed), z*rstd with one (y / weight would
+// divide by zero where a weight is zero).
+template <class T, bool has_beta, bool has_m, bool has_weight>
+struct Normalised {
+    const T* kept;  // y, or x
+    const T* f;
+    acc_t<T> rstd;
+
+    template <class Count>
+    Acc<T> operator()(const RowParams<T>& p, int64_t i, Count n) const {
+        if constexpr (has_weight)
+            return merged<T, has_beta, has_m>(kept, f, p, i, n) * Acc<T>(rstd);
+        else
+            return load(kept + i, n);
+    }
+};
+
+template <class T, bool has_weight, class Count>
+Acc<T> weighted(const T* dy, const RowParams<T>& p, int64_t i, Count n) {
+    if constexpr (has_weight)
+        return load(dy + i, n) * load_acc<T>(p.weight + i, n);
+    else
+        return load(dy + i, n);
+}
+
+// mean_d(g*n) of one row.
+template <class T, bool has_weight, class Norm>
+acc_t<T> mean_dot(const T* dy, const Norm& norm, const RowParams<T>& p, int64_t D) {
+    Acc<T> dots(0);
+    for_chunks<T>(D, [&](int64_t i, auto n) {
+        dots = fmadd(weighted<T, has_weight>(dy, p, i, n), norm(p, i, n), dots);
+    });
+    return sum<T>(dots) / D;
+}
+
+// dz = rstd*g - (rstd*mean)*n, the two scalars of a row broadcast.
+template <class T>
+struct Dz {
+    Acc<T> rstd, rstd_mean;
+    Dz(acc_t<T> r, acc_t<T> mean) : rstd(r), rstd_mean(r * mean) {}
+    Dz() = default;
+    Acc<T> operator()(const Acc<T>& g, const Acc<T>& n) const { return g * rstd - n * rstd_mean; }
+};
+
+template <class F>
+void with_flag(bool flag, const F& f) {
+    flag ? f(std::true_type{}) : f(std::false_type{});
+}
+
+}  // namespace
+
+MVSPLIT_KERNELS_END

@@ -1,0 +1,284 @@
+// MV-Split residual with RMSNorm (arXiv 2605.06169):  z = x + beta * P f + alpha * J (f - x),  y = RMSNorm(z)
+// J is the token mean of a segment, P = I - J. With jx, jf the means of a segment of Ts tokens:
+//     z = x + beta*f + m,  m = (alpha - beta)*jf - alpha*jx                       (m: once per segment)
+//     dx = dz - alpha*jdz     df = beta*dz + (alpha - beta)*jdz     jdz = mean_t dz
+//     dalpha = sum Ts*jdz*(jf - jx)     dbeta = sum (sum_t dz*f - Ts*jdz*jf)
+// Bytes, in N*D*sizeof(T): forward must move 3 (x, f, y), backward 5 (f, dy, y, dx, df; x in place of y
+// with a weight). Both sweep twice, statistics and then apply, over a wave of samples whose tensors
+// fit the cores' own caches, so the second sweep reads no memory.
+// A task is 32 tokens of one segment, whatever the number of threads; its column sums are one partial
+// row and partial rows are added in a fixed order: every result is bit-identical from run to run.
+#include "merge.h"
+
+MVSPLIT_KERNELS_BEGIN
+
+namespace {
+
+constexpr int64_t kTaskTokens = 32;
+constexpr int64_t kCacheBytes = 1 << 20;  // a core's own L2: 1 to 2 MiB on today's servers
+constexpr int kGroup = 4;  // rows that share one load and store of the column sums
+
+struct Task {
+    int64_t segment, begin, end;  // tokens of a sample
+};
+
+// The tasks of one sample and the number of samples in a wave.
+struct Plan {
+    std::vector<Task> tasks;
+    std::vector<int64_t> first;  // first task of a segment; one more at the end
+    int64_t wave;
+
+    Plan(const MergeArgs& a, int64_t sample_bytes) {
+        int64_t t = 0;
+        for (int64_t s = 0; s < a.S; ++s) {
+            first.push_back(tasks.size());
+            for (const int64_t end = t + a.segments[s]; t < end; t = tasks.back().end)
+                tasks.push_back({s, t, std::min(t + kTaskTokens, end)});
+        }
+        first.push_back(tasks.size());
+        wave = std::max<int64_t>(
+            1, at::get_num_threads() * kCacheBytes / std::max<int64_t>(sample_bytes, 1));
+    }
+    int64_t count() const { return tasks.size(); }
+};
+
+template <class F>
+void for_waves(const MergeArgs& a, const Plan& plan, const F& f) {
+    for (int64_t b = 0; b < a.B; b += plan.wave) f(b, std::min(a.B, b + plan.wave));
+}
+
+// task(sample, its place in the wave, the task, the task's place in the wave)
+template <class F>
+void for_tasks(const Plan& plan, int64_t b0, int64_t b1, const F& f) {
+    at::parallel_for(0, (b1 - b0) * plan.count(), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+            f(b0 + i / plan.count(), i / plan.count(), plan.tasks[i % plan.count()], i);
+    });
+}
+
+// Sums the partial rows of a segment at columns [d, d+n).
+template <class T, class Count>
+Acc<T> column_sum(const acc_t<T>* partials, int64_t begin, int64_t end, int64_t stride, int64_t d,
+                  Count n) {
+    Acc<T> total(0);
+    for (int64_t i = begin; i < end; ++i) total = total + load_acc<T>(partials + i * stride + d, n);
+    return total;
+}
+
+// columns [begin, end) in chunks, for loops that are split over D
+template <class T, class F>
+void for_columns(int64_t D, const F& f) {
+    at::parallel_for(0, at::divup(D, kChunk<T>), 1, [&](int64_t begin, int64_t end) {
+        const int64_t d0 = begin * kChunk<T>;
+        for_chunks<T>(std::min(D, end * kChunk<T>) - d0,
+                      [&](int64_t i, auto n) { f(d0 + i, n); });
+    });
+}
+
+template <class T>
+struct Views {
+    using A = acc_t<T>;
+    const T *x, *f, *y, *dy;
+    const A *alpha, *beta, *weight;
+    A *rstd, *jx, *jf;
+    Views(const MergeArgs& a)
+        : x(static_cast<const T*>(a.x)), f(static_cast<const T*>(a.f)),
+          y(static_cast<const T*>(a.y)), dy(static_cast<const T*>(a.dy)),
+          alpha(static_cast<const A*>(a.alpha)), beta(static_cast<const A*>(a.beta)),
+          weight(static_cast<const A*>(a.weight)), rstd(static_cast<A*>(a.rstd)),
+          jx(static_cast<A*>(a.jx)), jf(static_cast<A*>(a.jf)) {}
+};
+
+// Column sums of x and f over rows [begin, end), into sums[0..D) and sums[D..2D).
+template <class T>
+void sum_columns(const T* x, const T* f, int64_t rows, int64_t D, acc_t<T>* sums) {
+    for (int64_t r = 0; r < rows; r += kGroup, x += kGroup * D, f += kGroup * D) {
+        const int64_t count = std::min<int64_t>(kGroup, rows - r);
+        for_chunks<T>(D, [&](int64_t i, auto n) {
+            Acc<T> sx(0), sf(0);
+            if (r > 0) sx = load_acc<T>(sums + i, n), sf = load_acc<T>(sums + D + i, n);
+            for (int64_t k = 0; k < count; ++k) {
+                sx = sx + load(x + k * D + i, n);
+                sf = sf + load(f + k * D + i, n);
+            }
+            store_acc<T>(sums + i, sx, n);
+            store_acc<T>(sums + D + i, sf, n);
+        });
+    }
+}
+
+// m of sample b, segment s at columns [d, d+n), from the means.
+template <class T, class Count>
+void store_m(const Views<T>& v, int64_t unit, int64_t D, int64_t d, acc_t<T>* m, Count n) {
+    const Acc<T> alpha = load_acc<T>(v.alpha + d, n), beta = load_acc<T>(v.beta + d, n);
+    const Acc<T> jx = load_acc<T>(v.jx + unit * D + d, n), jf = load_acc<T>(v.jf + unit * D + d, n);
+    store_acc<T>(m + d, (alpha - beta) * jf - alpha * jx, n);
+}
+
+template <class T>
+void forward(const MergeArgs& a) {
+    using A = acc_t<T>;
+    const Views<T> v(a);
+    const int64_t D = a.D;
+    const Plan plan(a, 2 * a.T * D * sizeof(T));
+    const int64_t wave = std::min(plan.wave, a.B);
+    std::vector<A> partials(wave * plan.count() * 2 * D), m(wave * a.S * D);
+    for_waves(a, plan, [&](int64_t b0, int64_t b1) {
+        for_tasks(plan, b0, b1, [&](int64_t b, int64_t, const Task& t, int64_t i) {
+            const int64_t row = b * a.T + t.begin;
+            sum_columns(v.x + row * D, v.f + row * D, t.end - t.begin, D, &partials[i * 2 * D]);
+        });
+        for_columns<T>(D, [&](int64_t d, auto n) {
+            for (int64_t b = b0; b < b1; ++b)
+                for (int64_t s = 0; s < a.S; ++s) {
+                    const int64_t base = (b - b0) * plan.count(), unit = b * a.S + s;
+                    const int64_t first = base + plan.first[s], last = base + plan.first[s + 1];
+                    const Acc<T> tokens(static_cast<A>(a.segments[s]));
+                    const auto mean = [&](const A* p) {
+                        return column_sum<T>(p, first, last, 2 * D, d, n) / tokens;
+                    };
+                    store_acc<T>(v.jx + unit * D + d, mean(partials.data()), n);
+                    store_acc<T>(v.jf + unit * D + d, mean(partials.data() + D), n);
+                    store_m(v, unit, D, d, &m[((b - b0) * a.S + s) * D], n);
+                }
+        });
+        for_tasks(plan, b0, b1, [&](int64_t b, int64_t in_wave, const Task& t, int64_t) {
+            std::vector<A> scratch(D);
+            const RowParams<T> p{v.beta, &m[(in_wave * a.S + t.segment) * D], v.weight};
+            for (int64_t row = b * a.T + t.begin; row < b * a.T + t.end; ++row)
+                v.rstd[row] = forward_row<T, true, true>(v.x + row * D, v.f + row * D,
+                                                         static_cast<T*>(a.out) + row * D, p,
+                                                         scratch.data(), D, a.eps);
+        });
+    });
+}
+
+// First backward sweep over the rows of one task: mean_d(g*n) of each row, and the column sums of dz,
+// dz*f and, with a weight, dy*n.
+template <class T, bool has_weight>
+void sum_gradients(const Views<T>& v, const RowParams<T>& p, int64_t begin, int64_t end, int64_t D,
+                   acc_t<T>* means, acc_t<T>* sums) {
+    using Norm = Normalised<T, true, true, has_weight>;
+    const T* kept = has_weight ? v.x : v.y;
+    for (int64_t row = begin; row < end; row += kGroup) {
+        const int count = std::min<int64_t>(kGroup, end - row);
+        Norm norm[kGroup];
+        Dz<T> dz[kGroup];
+        for (int k = 0; k < count; ++k) {
+            const int64_t r = row + k;
+            norm[k] = Norm{kept + r * D, v.f + r * D, v.rstd[r]};
+            means[r] = mean_dot<T, has_weight>(v.dy + r * D, norm[k], p, D);
+            dz[k] = Dz<T>(v.rstd[r], means[r]);
+        }
+        for_chunks<T>(D, [&](int64_t i, auto n) {
+            Acc<T> sdz(0), sdzf(0), sdyn(0);
+            if (row > begin) {
+                sdz = load_acc<T>(sums + i, n), sdzf = load_acc<T>(sums + D + i, n);
+                if constexpr (has_weight) sdyn = load_acc<T>(sums + 2 * D + i, n);
+            }
+            for (int k = 0; k < count; ++k) {
+                const int64_t at = (row + k) * D;
+                const Acc<T> nk = norm[k](p, i, n);
+                const Acc<T> d = dz[k](weighted<T, has_weight>(v.dy + at, p, i, n), nk);
+                sdz = sdz + d;
+                sdzf = fmadd(d, load(v.f + at + i, n), sdzf);
+                if constexpr (has_weight) sdyn = fmadd(load(v.dy + at + i, n), nk, sdyn);
+            }
+            store_acc<T>(sums + i, sdz, n), store_acc<T>(sums + D + i, sdzf, n);
+            if constexpr (has_weight) store_acc<T>(sums + 2 * D + i, sdyn, n);
+        });
+    }
+}
+
+// What the second sweep adds to every row of a segment: to_dx = alpha*jdz, to_df = (alpha - beta)*jdz.
+template <class T>
+struct Shifts {
+    const acc_t<T>*to_dx, *to_df;
+};
+
+template <class T, bool has_weight>
+void apply_gradients(const Views<T>& v, const RowParams<T>& p, const Shifts<T>& shifts,
+                     int64_t begin, int64_t end, int64_t D, const acc_t<T>* means, T* dx, T* df) {
+    for (int64_t row = begin; row < end; ++row) {
+        const Normalised<T, true, true, has_weight> norm{(has_weight ? v.x : v.y) + row * D,
+                                                         v.f + row * D, v.rstd[row]};
+        const Dz<T> dz(v.rstd[row], means[row]);
+        for_chunks<T>(D, [&](int64_t i, auto n) {
+            const Acc<T> d = dz(weighted<T, has_weight>(v.dy + row * D, p, i, n), norm(p, i, n));
+            store(dx + row * D + i, d - load_acc<T>(shifts.to_dx + i, n), n);
+            store(df + row * D + i,
+                  fmadd(load_acc<T>(p.beta + i, n), d, load_acc<T>(shifts.to_df + i, n)), n);
+        });
+    }
+}
+
+template <class T, bool has_weight>
+void backward(const MergeArgs& a) {
+    using A = acc_t<T>;
+    const Views<T> v(a);
+    const int64_t D = a.D, width = (has_weight ? 3 : 2) * D;
+    const Plan plan(a, 3 * a.T * D * sizeof(T));
+    const int64_t wave = std::min(plan.wave, a.B);
+    std::vector<A> partials(wave * plan.count() * width), means(a.B * a.T);
+    std::vector<A> m(has_weight ? wave * a.S * D : 0), shift(wave * a.S * 2 * D);
+    auto *dalpha = static_cast<A*>(a.dalpha), *dbeta = static_cast<A*>(a.dbeta);
+    auto* dweight = static_cast<A*>(a.dweight);
+    const auto params = [&](int64_t unit) {
+        return RowParams<T>{v.beta, has_weight ? &m[unit * D] : nullptr, v.weight};
+    };
+    for_waves(a, plan, [&](int64_t b0, int64_t b1) {
+        const int64_t units = (b1 - b0) * a.S;
+        if (has_weight)
+            for_columns<T>(D, [&](int64_t d, auto n) {
+                for (int64_t u = 0; u < units; ++u) store_m(v, b0 * a.S + u, D, d, &m[u * D], n);
+            });
+        for_tasks(plan, b0, b1, [&](int64_t b, int64_t in_wave, const Task& t, int64_t i) {
+            sum_gradients<T, has_weight>(v, params(in_wave * a.S + t.segment), b * a.T + t.begin,
+                                         b * a.T + t.end, D, means.data(), &partials[i * width]);
+        });
+        for_columns<T>(D, [&](int64_t d, auto n) {
+            const Acc<T> alpha = load_acc<T>(v.alpha + d, n), beta = load_acc<T>(v.beta + d, n);
+            Acc<T> da = load_acc<T>(dalpha + d, n), db = load_acc<T>(dbeta + d, n);
+            for (int64_t u = 0; u < units; ++u) {
+                const int64_t base = u / a.S * plan.count(), s = u % a.S;
+                const int64_t first = base + plan.first[s], last = base + plan.first[s + 1];
+                const Acc<T> sdz = column_sum<T>(&partials[0], first, last, width, d, n);
+                const Acc<T> sdzf = column_sum<T>(&partials[D], first, last, width, d, n);
+                const Acc<T> jx = load_acc<T>(v.jx + (b0 * a.S + u) * D + d, n);
+                const Acc<T> jf = load_acc<T>(v.jf + (b0 * a.S + u) * D + d, n);
+                const Acc<T> jdz = sdz / Acc<T>(static_cast<A>(a.segments[s]));
+                da = da + sdz * (jf - jx);
+                db = db + (sdzf - sdz * jf);
+                store_acc<T>(&shift[u * 2 * D + d], alpha * jdz, n);
+                store_acc<T>(&shift[(u * 2 + 1) * D + d], (alpha - beta) * jdz, n);
+                if constexpr (has_weight)
+                    store_acc<T>(dweight + d,
+                                 load_acc<T>(dweight + d, n) +
+                                     column_sum<T>(&partials[2 * D], first, last, width, d, n),
+                                 n);
+            }
+            store_acc<T>(dalpha + d, da, n), store_acc<T>(dbeta + d, db, n);
+        });
+        for_tasks(plan, b0, b1, [&](int64_t b, int64_t in_wave, const Task& t, int64_t) {
+            const int64_t unit = in_wave * a.S + t.segment;
+            apply_gradients<T, has_weight>(v, params(unit),
+                                           {&shift[unit * 2 * D], &shift[(unit * 2 + 1) * D]},
+                                           b * a.T + t.begin, b * a.T + t.end, D, means.data(),
+                                           static_cast<T*>(a.dx), static_cast<T*>(a.df));
+        });
+    });
+}
+
+}  // namespace
+
+void mvsplit_rmsnorm_fwd(const MergeArgs& a, c10::ScalarType dtype) {
+    dispatch(dtype, [&](auto t) { forward<decltype(t)>(a); });
+}
+
+void mvsplit_rmsnorm_bwd(const MergeArgs& a, c10::ScalarType dtype) {
+    dispatch(dtype, [&](auto t) {
+        a.weight ? backward<decltype(t), true>(a) : backward<decltype(t), false>(a);
+    });
+}
+
+MVSPLIT_KERNELS_END

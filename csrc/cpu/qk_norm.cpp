@@ -1,0 +1,14 @@
+// RMSNorm over Dh of every head of q and of k, in one launch. Math and bytes: heads.h.
+#include "heads.h"
+
+MVSPLIT_KERNELS_BEGIN
+
+void qk_norm_fwd(const HeadArgs& a, c10::ScalarType dtype) {
+    dispatch(dtype, [&](auto t) { forward<decltype(t), Op::qk_norm, false>(a); });
+}
+
+void qk_norm_bwd(const HeadArgs& a, c10::ScalarType dtype) {
+    dispatch(dtype, [&](auto t) { backward<decltype(t), Op::qk_norm, false>(a); });
+}
+
+MVSPLIT_KERNELS_END

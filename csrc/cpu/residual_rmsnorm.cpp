@@ -1,0 +1,88 @@
+// y = RMSNorm(x + scale * f): the residual merges that MV-Split is compared with.
+//     dx = dz     df = scale * dz     dscale = sum dz * f
+// Bytes, in N*D*sizeof(T): forward must move 3 (x, f, y); backward 3 without a scale (dy, y, dx, which
+// is df too), 5 with one (f and df as well), and with a weight x in place of y. A row is read twice,
+// the second time from L1. A task's parameter gradients are one partial row, added in a fixed order.
+#include "merge.h"
+
+MVSPLIT_KERNELS_BEGIN
+
+namespace {
+
+template <class T, bool has_scale>
+void forward(const MergeArgs& a) {
+    const int64_t D = a.D;
+    const RowParams<T> p{static_cast<const acc_t<T>*>(a.beta), nullptr,
+                         static_cast<const acc_t<T>*>(a.weight)};
+    at::parallel_for(0, a.B * a.T, 16, [&](int64_t begin, int64_t end) {
+        std::vector<acc_t<T>> scratch(D);
+        for (int64_t r = begin; r < end; ++r)
+            static_cast<acc_t<T>*>(a.rstd)[r] = forward_row<T, has_scale, false>(
+                static_cast<const T*>(a.x) + r * D, static_cast<const T*>(a.f) + r * D,
+                static_cast<T*>(a.out) + r * D, p, scratch.data(), D, a.eps);
+    });
+}
+
+template <class T, bool has_scale, bool has_weight>
+void backward_row(const MergeArgs& a, const RowParams<T>& p, int64_t r, acc_t<T>* dscale,
+                  acc_t<T>* dweight) {
+    const int64_t D = a.D;
+    const auto* dy = static_cast<const T*>(a.dy) + r * D;
+    const auto* f = a.f ? static_cast<const T*>(a.f) + r * D : nullptr;
+    const auto* kept = static_cast<const T*>(has_weight ? a.x : a.y) + r * D;
+    auto* dx = static_cast<T*>(a.dx) + r * D;
+    const acc_t<T> rstd = static_cast<const acc_t<T>*>(a.rstd)[r];
+    const Normalised<T, has_scale, false, has_weight> norm{kept, f, rstd};
+    const Dz<T> dz(rstd, mean_dot<T, has_weight>(dy, norm, p, D));
+    for_chunks<T>(D, [&](int64_t i, auto n) {
+        const Acc<T> nr = norm(p, i, n);
+        const Acc<T> d = dz(weighted<T, has_weight>(dy, p, i, n), nr);
+        store(dx + i, d, n);
+        if constexpr (has_scale) {
+            store(static_cast<T*>(a.df) + r * D + i, d * load_acc<T>(p.beta + i, n), n);
+            store_acc<T>(dscale + i, fmadd(d, load(f + i, n), load_acc<T>(dscale + i, n)), n);
+        }
+        if constexpr (has_weight)
+            store_acc<T>(dweight + i, fmadd(load(dy + i, n), nr, load_acc<T>(dweight + i, n)), n);
+    });
+}
+
+template <class T, bool has_scale, bool has_weight>
+void backward(const MergeArgs& a) {
+    using A = acc_t<T>;
+    const int64_t N = a.B * a.T, D = a.D, rows = rows_per_task(N), tasks = at::divup(N, rows);
+    const RowParams<T> p{static_cast<const A*>(a.beta), nullptr, static_cast<const A*>(a.weight)};
+    constexpr int64_t sums = has_scale + has_weight;
+    std::vector<A> partials(tasks * sums * D, 0);
+    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+            A* dscale = partials.data() + task * sums * D;
+            A* dweight = dscale + has_scale * D;
+            for (int64_t r = task * rows; r < std::min(N, (task + 1) * rows); ++r)
+                backward_row<T, has_scale, has_weight>(a, p, r, dscale, dweight);
+        }
+    });
+    if (has_scale)
+        add_rows(static_cast<A*>(a.dbeta), partials.data(), tasks, sums * D, D);
+    if (has_weight)
+        add_rows(static_cast<A*>(a.dweight), partials.data() + has_scale * D, tasks, sums * D, D);
+}
+
+}  // namespace
+
+void residual_rmsnorm_fwd(const MergeArgs& a, c10::ScalarType dtype) {
+    dispatch(dtype, [&](auto t) {
+        a.beta ? forward<decltype(t), true>(a) : forward<decltype(t), false>(a);
+    });
+}
+
+void residual_rmsnorm_bwd(const MergeArgs& a, c10::ScalarType dtype) {
+    dispatch(dtype, [&](auto t) {
+        using T = decltype(t);
+        with_flag(a.beta, [&](auto scale) {
+            with_flag(a.weight, [&](auto weight) { backward<T, scale.value, weight.value>(a); });
+        });
+    });
+}
+
+MVSPLIT_KERNELS_END

@@ -1,0 +1,138 @@
+// Vectors with a wide accumulator: what every CPU kernel is written in.
+//
+// A chunk is one hardware vector of the storage type T (32 bfloat16 with AVX-512); in registers it is
+// Acc<T>, the same lanes in float (double for double), in one or two hardware vectors.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/cpu/vec/vec.h>
+#include <c10/core/ScalarType.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+// Everything in here and in the kernels is inside this namespace: its name differs from one
+// instruction set to the next, so the linker cannot merge a baseline function with an AVX-512 one.
+#define MVSPLIT_KERNELS_BEGIN \
+    namespace mvsplit {       \
+    namespace CPU_CAPABILITY {
+#define MVSPLIT_KERNELS_END \
+    }                       \
+    }
+
+MVSPLIT_KERNELS_BEGIN
+
+namespace vec = at::vec;
+
+template <class T>
+using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T>
+constexpr int kChunk = vec::Vectorized<T>::size();
+template <class T>
+constexpr int kParts = kChunk<T> / vec::Vectorized<acc_t<T>>::size();
+template <class T>
+using Acc = vec::VectorizedN<acc_t<T>, kParts<T>>;
+
+// A full chunk's length is known to the compiler; a row's tail has a run-time length.
+template <class T>
+using Full = std::integral_constant<int, kChunk<T>>;
+
+template <class T, class F>
+inline void for_chunks(int64_t n, const F& f) {
+    int64_t i = 0;
+    for (; i + kChunk<T> <= n; i += kChunk<T>) f(i, Full<T>{});
+    if (i < n) f(i, static_cast<int>(n - i));
+}
+
+// Activations: T in memory, Acc<T> in registers. Lanes past a tail's length are zero.
+template <class T, class Count>
+inline Acc<T> load(const T* p, Count n) {
+    vec::Vectorized<T> v;
+    if constexpr (std::is_same_v<Count, Full<T>>)
+        v = vec::Vectorized<T>::loadu(p);
+    else
+        v = vec::Vectorized<T>::set(vec::Vectorized<T>(T(0)), vec::Vectorized<T>::loadu(p, n), n);
+    if constexpr (kParts<T> == 1)
+        return Acc<T>(v);
+    else
+        return vec::convert<acc_t<T>, 2, T, 1>(vec::VectorizedN<T, 1>(v));
+}
+
+template <class T, class Count>
+inline void store(T* p, const Acc<T>& a, Count n) {
+    vec::Vectorized<T> v;
+    if constexpr (kParts<T> == 1)
+        v = a[0];
+    else
+        v = vec::convert<T, 1, acc_t<T>, 2>(a);
+    if constexpr (std::is_same_v<Count, Full<T>>)
+        v.store(p);
+    else
+        v.store(p, n);
+}
+
+// Parameters, statistics and scratch: acc_t<T> in memory, the lanes of a chunk of T in registers.
+template <class T, class Count>
+inline Acc<T> load_acc(const acc_t<T>* p, Count n) {
+    if constexpr (std::is_same_v<Count, Full<T>>) {
+        return Acc<T>::loadu(p);
+    } else {
+        using V = vec::Vectorized<acc_t<T>>;
+        Acc<T> a;
+        for (int i = 0; i < kParts<T>; ++i) {
+            const int m = std::min<int>(std::max<int>(n - i * V::size(), 0), V::size());
+            a[i] = m > 0 ? V::set(V(0), V::loadu(p + i * V::size(), m), m) : V(0);
+        }
+        return a;
+    }
+}
+
+template <class T, class Count>
+inline void store_acc(acc_t<T>* p, const Acc<T>& a, Count n) {
+    if constexpr (std::is_same_v<Count, Full<T>>)
+        a.store(p);
+    else
+        a.store(p, n);
+}
+
+template <class T>
+inline acc_t<T> sum(const Acc<T>& a) {
+    using V = vec::Vectorized<acc_t<T>>;
+    V v = a[0];
+    for (int i = 1; i < kParts<T>; ++i) v = v + a[i];
+    alignas(64) acc_t<T> lanes[V::size()];
+    v.store(lanes);
+    for (int width = V::size() / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    return lanes[0];
+}
+
+template <class F>
+inline void dispatch(c10::ScalarType dtype, const F& f) {
+    switch (dtype) {
+        case c10::ScalarType::Float: return f(float{});
+        case c10::ScalarType::BFloat16: return f(c10::BFloat16{});
+        case c10::ScalarType::Half: return f(c10::Half{});
+        case c10::ScalarType::Double: return f(double{});
+        default: TORCH_CHECK(false, "mvsplit_ops: no CPU kernel for dtype ", toString(dtype));
+    }
+}
+
+// How many rows one task takes when every row's result goes into a parameter gradient. It depends on
+// the shape alone, so the order of every sum is the same whatever the number of threads; at most 256
+// partial rows exist, and a partial row is written once for at least 32 rows read.
+inline int64_t rows_per_task(int64_t rows) { return std::max<int64_t>(32, at::divup(rows, 256)); }
+
+// out[d] += partials[0][d] + partials[1][d] + ..., in that order.
+template <class A>
+inline void add_rows(A* out, const A* partials, int64_t count, int64_t stride, int64_t width) {
+    at::parallel_for(0, width, 64, [&](int64_t begin, int64_t end) {
+        for (int64_t r = 0; r < count; ++r)
+            for (int64_t d = begin; d < end; ++d) out[d] += partials[r * stride + d];
+    });
+}
+
+MVSPLIT_KERNELS_END

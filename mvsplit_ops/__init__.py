@@ -1,0 +1,37 @@
+"""Fused operators of ultra-deep Diffusion Transformers.
+
+    import mvsplit_ops as mv
+    y = mv.mvsplit_rmsnorm(x, f, alpha, beta, segments=(256, 64))
+    q, k = mv.rope_qk_norm(q, k, cos, sin)
+    h = mv.swiglu(x)
+
+Every operator is differentiable, takes `backend=`, and is also torch.ops.mvsplit.<op>. What runs where:
+`python -m mvsplit_ops`, or mv.backends().
+"""
+
+from mvsplit_ops import reference
+from mvsplit_ops._backends import backends, use_backend
+from mvsplit_ops._register import recompute_cheap_ops
+from mvsplit_ops.modules import MVSplitRMSNorm
+from mvsplit_ops.mvsplit_rmsnorm import mvsplit_rmsnorm
+from mvsplit_ops.qk_norm import qk_norm
+from mvsplit_ops.residual_rmsnorm import residual_rmsnorm
+from mvsplit_ops.rope import rope
+from mvsplit_ops.rope_qk_norm import rope_qk_norm
+from mvsplit_ops.swiglu import swiglu
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MVSplitRMSNorm",
+    "backends",
+    "mvsplit_rmsnorm",
+    "qk_norm",
+    "recompute_cheap_ops",
+    "reference",
+    "residual_rmsnorm",
+    "rope",
+    "rope_qk_norm",
+    "swiglu",
+    "use_backend",
+]
