@@ -38,6 +38,7 @@ if X86:
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
         *("-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
     ]
+    INSTRUCTION_SETS["AVX512_BF16"] = [*INSTRUCTION_SETS["AVX512"], "-mavx512bf16"]
 
 
 class Build(BuildExtension):

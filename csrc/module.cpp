@@ -15,20 +15,24 @@ namespace DEFAULT { const Kernels& kernels(); }
 #ifdef MVSPLIT_X86
 namespace AVX2 { const Kernels& kernels(); }
 namespace AVX512 { const Kernels& kernels(); }
+namespace AVX512_BF16 { const Kernels& kernels(); }
 #endif
 
 namespace {
 
-// Instruction sets compiled in that this processor runs, slowest first.
+// Instruction sets compiled in that this processor runs.
 std::map<std::string, const Kernels*> capabilities() {
     std::map<std::string, const Kernels*> out{{"DEFAULT", &DEFAULT::kernels()}};
 #ifdef MVSPLIT_X86
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (avx2) out["AVX2"] = &AVX2::kernels();
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        out["AVX512"] = &AVX512::kernels();
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512dq");
+    if (avx512) out["AVX512"] = &AVX512::kernels();
+    if (avx512 && __builtin_cpu_supports("avx512bf16"))
+        out["AVX512_BF16"] = &AVX512_BF16::kernels();
 #endif
     return out;
 }
@@ -36,8 +40,10 @@ std::map<std::string, const Kernels*> capabilities() {
 // PyTorch's own choice where we have it (it may hold AVX-512 back), else the baseline.
 const Kernels* preferred() {
     const auto have = capabilities();
-    const auto it = have.find(at::get_cpu_capability());
-    return it == have.end() ? have.at("DEFAULT") : it->second;
+    const std::string torch_uses = at::get_cpu_capability();
+    for (const auto& name : {torch_uses + "_BF16", torch_uses})
+        if (have.count(name)) return have.at(name);
+    return have.at("DEFAULT");
 }
 
 std::atomic<const Kernels*>& in_use() {

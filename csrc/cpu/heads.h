@@ -57,13 +57,51 @@ Pair<T> load_pair_acc(const acc_t<T>* x, int64_t i, int64_t half, Count n) {
     return {load_acc<T>(x + i, n), load_acc<T>(x + half + i, n)};
 }
 
-template <class T, Op op, bool norm_first>
-void forward_row(const T* x, T* y, acc_t<T>* rstd, const HeadRow<T>& h, double eps) {
+// Half a row is C full chunks when C > 0 (Dh 64, 128, 256), any number when C is 0: a loop of known
+// length is unrolled, and what it loads stays in registers from one sweep to the next.
+template <class T, int C, class F>
+void for_half(int64_t half, const F& f) {
+    if constexpr (C == 0) {
+        for_chunks<T>(half, f);
+    } else {
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) f(int64_t{c} * kChunk<T>, Full<T>{});
+    }
+}
+
+// A row of activations for two sweeps.
+template <class T, int C>
+class Loaded {
+  public:
+    Loaded(const T* x, int64_t half) : x_(x), half_(half) {
+        if constexpr (C > 0)
+            for_half<T, C>(half, [&](int64_t i, auto n) {
+                pairs_[i / kChunk<T>] = load_pair(x, i, half, n);
+            });
+    }
+
+    template <class Count>
+    Pair<T> operator()(int64_t i, Count n) const {
+        if constexpr (C > 0)
+            return pairs_[i / kChunk<T>];
+        else
+            return load_pair(x_, i, half_, n);
+    }
+
+  private:
+    const T* x_;
+    int64_t half_;
+    Pair<T> pairs_[std::max(C, 1)];
+};
+
+template <class T, Op op, bool norm_first, int C>
+MVSPLIT_ROW void forward_row(const T* x, T* y, acc_t<T>* rstd, const HeadRow<T>& h, double eps) {
+    const Loaded<T, C> row(x, h.half);
     Acc<T> scale(1);
     if constexpr (op != Op::rope) {
         Acc<T> squares(0);
-        for_chunks<T>(h.half, [&](int64_t i, auto n) {
-            const Pair<T> p = load_pair(x, i, h.half, n);
+        for_half<T, C>(h.half, [&](int64_t i, auto n) {
+            const Pair<T> p = row(i, n);
             if constexpr (op == Op::rope_qk_norm && !norm_first)
                 squares = fmadd(fmadd(p.a, p.a, p.b * p.b), load_acc<T>(h.squares + i, n), squares);
             else
@@ -72,8 +110,8 @@ void forward_row(const T* x, T* y, acc_t<T>* rstd, const HeadRow<T>& h, double e
         *rstd = acc_t<T>(1) / std::sqrt(sum<T>(squares) / (2 * h.half) + acc_t<T>(eps));
         scale = Acc<T>(*rstd);
     }
-    for_chunks<T>(h.half, [&](int64_t i, auto n) {
-        Pair<T> p = load_pair(x, i, h.half, n);
+    for_half<T, C>(h.half, [&](int64_t i, auto n) {
+        Pair<T> p = row(i, n);
         const auto weigh = [&] {
             if (!h.weight) return;
             const Pair<T> w = load_pair_acc<T>(h.weight, i, h.half, n);
@@ -90,16 +128,18 @@ void forward_row(const T* x, T* y, acc_t<T>* rstd, const HeadRow<T>& h, double e
 }
 
 // Rotation first, no weight: n is y.
-template <class T, Op op>
-void backward_row(const T* dy, const T* y, acc_t<T> rstd, T* dx, const HeadRow<T>& h) {
+template <class T, Op op, int C>
+MVSPLIT_ROW void backward_row(const T* dy, const T* y, acc_t<T> rstd, T* dx, const HeadRow<T>& h) {
+    const Loaded<T, C> g(dy, h.half), k(y, h.half);
     Acc<T> dots(0);
-    for_chunks<T>(2 * h.half, [&](int64_t i, auto n) {
-        dots = fmadd(load(dy + i, n), load(y + i, n), dots);
+    for_half<T, C>(h.half, [&](int64_t i, auto n) {
+        const Pair<T> p = g(i, n), q = k(i, n);
+        dots = fmadd(p.a, q.a, fmadd(p.b, q.b, dots));
     });
     const Acc<T> r(rstd), c(rstd * sum<T>(dots) / (2 * h.half));
-    for_chunks<T>(h.half, [&](int64_t i, auto n) {
-        const Pair<T> g = load_pair(dy, i, h.half, n), k = load_pair(y, i, h.half, n);
-        Pair<T> d = {g.a * r - k.a * c, g.b * r - k.b * c};
+    for_half<T, C>(h.half, [&](int64_t i, auto n) {
+        const Pair<T> p = g(i, n), q = k(i, n);
+        Pair<T> d = {p.a * r - q.a * c, p.b * r - q.b * c};
         if constexpr (op == Op::rope_qk_norm)
             d = unrotate<T>(d, load_acc<T>(h.cos + i, n), load_acc<T>(h.sin + i, n));
         store(dx + i, d.a, n);
@@ -109,7 +149,7 @@ void backward_row(const T* dy, const T* y, acc_t<T> rstd, T* dx, const HeadRow<T
 
 // Otherwise x is kept and n computed again. `scratch` holds 4*half elements, g and n.
 template <class T, Op op, bool norm_first>
-void backward_from_x_row(const T* dy, const T* x, acc_t<T> rstd, T* dx, acc_t<T>* dweight,
+MVSPLIT_ROW void backward_from_x_row(const T* dy, const T* x, acc_t<T> rstd, T* dx, acc_t<T>* dweight,
                            acc_t<T>* scratch, const HeadRow<T>& h) {
     constexpr bool rotates = op == Op::rope_qk_norm;
     const int64_t half = h.half;
@@ -203,8 +243,20 @@ std::vector<acc_t<T>> weight_in_halves(const HeadArgs& a, const void* weight) {
     return out;
 }
 
-template <class T, Op op, bool norm_first>
-void forward(const HeadArgs& a) {
+// f(the C of for_half): full chunks in half a row, for the 16-bit types that training uses.
+template <class T, class F>
+void with_chunks(int64_t half, const F& f) {
+    const int64_t chunks = half % kChunk<T> ? 0 : half / kChunk<T>;
+    if constexpr (sizeof(T) == 2) {
+        if (chunks == 1) return f(std::integral_constant<int, 1>{});
+        if (chunks == 2) return f(std::integral_constant<int, 2>{});
+        if (chunks == 4) return f(std::integral_constant<int, 4>{});
+    }
+    f(std::integral_constant<int, 0>{});
+}
+
+template <class T, Op op, bool norm_first, int C>
+void forward_chunked(const HeadArgs& a) {
     std::vector<acc_t<T>> weights[2];
     for (int i = 0; i < a.count; ++i) weights[i] = weight_in_halves<T>(a, a.parts[i].weight);
     for_token_tasks(a.B * a.T, 32, [&](int64_t begin, int64_t end, int64_t) {
@@ -221,11 +273,11 @@ void forward(const HeadArgs& a) {
                 h.weight = p.weight ? weights[i].data() : nullptr;
                 for (int64_t j = 0; j < p.heads; ++j, x += a.Dh, y += a.Dh, ++rstd) {
                     if (!a.rotation.interleaved) {
-                        forward_row<T, op, norm_first>(x, y, rstd, h, a.eps);
+                        forward_row<T, op, norm_first, C>(x, y, rstd, h, a.eps);
                         continue;
                     }
                     to_halves(x, in.data(), h.half);
-                    forward_row<T, op, norm_first>(in.data(), out.data(), rstd, h, a.eps);
+                    forward_row<T, op, norm_first, C>(in.data(), out.data(), rstd, h, a.eps);
                     to_pairs(out.data(), y, h.half);
                 }
             }
@@ -234,7 +286,12 @@ void forward(const HeadArgs& a) {
 }
 
 template <class T, Op op, bool norm_first>
-void backward(const HeadArgs& a) {
+void forward(const HeadArgs& a) {
+    with_chunks<T>(a.Dh / 2, [&](auto c) { forward_chunked<T, op, norm_first, c>(a); });
+}
+
+template <class T, Op op, bool norm_first, int C>
+void backward_chunked(const HeadArgs& a) {
     const int64_t N = a.B * a.T, rows = rows_per_task(N), tasks = at::divup(N, rows);
     std::vector<acc_t<T>> weights[2], partials[2];  // partials: one row of dweight per task
     for (int i = 0; i < a.count; ++i) {
@@ -262,7 +319,7 @@ void backward(const HeadArgs& a) {
                         backward_from_x_row<T, op, norm_first>(g, k, r, d, dweight, scratch.data(),
                                                                h);
                     else
-                        backward_row<T, op>(g, k, r, d, h);
+                        backward_row<T, op, C>(g, k, r, d, h);
                 };
                 for (int64_t j = 0; j < p.heads; ++j, dy += a.Dh, kept += a.Dh, dx += a.Dh) {
                     if (!a.rotation.interleaved) {
@@ -286,6 +343,11 @@ void backward(const HeadArgs& a) {
         else
             std::copy(total.begin(), total.end(), out);
     }
+}
+
+template <class T, Op op, bool norm_first>
+void backward(const HeadArgs& a) {
+    with_chunks<T>(a.Dh / 2, [&](auto c) { backward_chunked<T, op, norm_first, c>(a); });
 }
 
 }  // namespace

@@ -32,7 +32,7 @@ Acc<T> merged(const T* x, const T* f, const RowParams<T>& p, int64_t i, Count n)
 
 // One row forward; returns rstd. `scratch` holds D elements of z in L1 between the two sweeps.
 template <class T, bool has_beta, bool has_m>
-acc_t<T> forward_row(const T* x, const T* f, T* y, const RowParams<T>& p, acc_t<T>* scratch,
+MVSPLIT_ROW acc_t<T> forward_row(const T* x, const T* f, T* y, const RowParams<T>& p, acc_t<T>* scratch,
                      int64_t D, double eps) {
     Acc<T> squares(0);
     for_chunks<T>(D, [&](int64_t i, auto n) {
@@ -77,7 +77,7 @@ Acc<T> weighted(const T* dy, const RowParams<T>& p, int64_t i, Count n) {
 
 // mean_d(g*n) of one row.
 template <class T, bool has_weight, class Norm>
-acc_t<T> mean_dot(const T* dy, const Norm& norm, const RowParams<T>& p, int64_t D) {
+MVSPLIT_ROW acc_t<T> mean_dot(const T* dy, const Norm& norm, const RowParams<T>& p, int64_t D) {
     Acc<T> dots(0);
     for_chunks<T>(D, [&](int64_t i, auto n) {
         dots = fmadd(weighted<T, has_weight>(dy, p, i, n), norm(p, i, n), dots);

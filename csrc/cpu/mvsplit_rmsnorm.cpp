@@ -91,7 +91,7 @@ struct Views {
 
 // Column sums of x and f over rows [begin, end), into sums[0..D) and sums[D..2D).
 template <class T>
-void sum_columns(const T* x, const T* f, int64_t rows, int64_t D, acc_t<T>* sums) {
+MVSPLIT_ROW void sum_columns(const T* x, const T* f, int64_t rows, int64_t D, acc_t<T>* sums) {
     for (int64_t r = 0; r < rows; r += kGroup, x += kGroup * D, f += kGroup * D) {
         const int64_t count = std::min<int64_t>(kGroup, rows - r);
         for_chunks<T>(D, [&](int64_t i, auto n) {
@@ -156,7 +156,7 @@ void forward(const MergeArgs& a) {
 // First backward sweep over the rows of one task: mean_d(g*n) of each row, and the column sums of dz,
 // dz*f and, with a weight, dy*n.
 template <class T, bool has_weight>
-void sum_gradients(const Views<T>& v, const RowParams<T>& p, int64_t begin, int64_t end, int64_t D,
+MVSPLIT_ROW void sum_gradients(const Views<T>& v, const RowParams<T>& p, int64_t begin, int64_t end, int64_t D,
                    acc_t<T>* means, acc_t<T>* sums) {
     using Norm = Normalised<T, true, true, has_weight>;
     const T* kept = has_weight ? v.x : v.y;
@@ -197,7 +197,7 @@ struct Shifts {
 };
 
 template <class T, bool has_weight>
-void apply_gradients(const Views<T>& v, const RowParams<T>& p, const Shifts<T>& shifts,
+MVSPLIT_ROW void apply_gradients(const Views<T>& v, const RowParams<T>& p, const Shifts<T>& shifts,
                      int64_t begin, int64_t end, int64_t D, const acc_t<T>* means, T* dx, T* df) {
     for (int64_t row = begin; row < end; ++row) {
         const Normalised<T, true, true, has_weight> norm{(has_weight ? v.x : v.y) + row * D,

@@ -24,7 +24,7 @@ void forward(const MergeArgs& a) {
 }
 
 template <class T, bool has_scale, bool has_weight>
-void backward_row(const MergeArgs& a, const RowParams<T>& p, int64_t r, acc_t<T>* dscale,
+MVSPLIT_ROW void backward_row(const MergeArgs& a, const RowParams<T>& p, int64_t r, acc_t<T>* dscale,
                   acc_t<T>* dweight) {
     const int64_t D = a.D;
     const auto* dy = static_cast<const T*>(a.dy) + r * D;

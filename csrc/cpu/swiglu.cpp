@@ -9,18 +9,38 @@ MVSPLIT_KERNELS_BEGIN
 
 namespace {
 
+// exp(-g) for 16-bit storage: 2^(n + r), n whole, |r| <= 1/2, 2^r by its Taylor series to the fifth
+// power. Relative error under 3e-6, a 600th of a bfloat16 rounding and a 160th of a half one.
 template <class T>
-Acc<T> sigmoid(const Acc<T>& g) {
-    const Acc<T> one(1), zero(0);
-    // 20 ulp of float is 1/3000 of a bfloat16 rounding; float and double take the exact exponential.
-    if constexpr (sizeof(T) == 2)
-        return one / (one + (zero - g).exp_u20());
-    else
-        return one / (one + (zero - g).exp());
+Acc<T> exp_minus(const Acc<T>& g) {
+#ifdef CPU_CAPABILITY_AVX512
+    Acc<T> out;
+    for (int i = 0; i < kParts<T>; ++i) {
+        const __m512 t = _mm512_mul_ps(g[i], _mm512_set1_ps(-1.44269504f));
+        const __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        const __m512 r = _mm512_sub_ps(t, n);
+        __m512 p = _mm512_set1_ps(1.33335581e-3f);
+        for (const float c : {9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.f})
+            p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+        out[i] = _mm512_scalef_ps(p, n);  // 0 and infinity where the exponent leaves the range
+    }
+    return out;
+#else
+    return (Acc<T>(0) - g).exp_u20();
+#endif
 }
 
 template <class T>
-void forward_row(const T* x, T* y, int64_t F) {
+Acc<T> sigmoid(const Acc<T>& g) {
+    const Acc<T> one(1);
+    if constexpr (sizeof(T) == 2)
+        return one / (one + exp_minus<T>(g));
+    else
+        return one / (one + (Acc<T>(0) - g).exp());
+}
+
+template <class T>
+MVSPLIT_ROW void forward_row(const T* x, T* y, int64_t F) {
     for_chunks<T>(F, [&](int64_t i, auto n) {
         const Acc<T> g = load(x + i, n), v = load(x + F + i, n);
         store(y + i, g * sigmoid<T>(g) * v, n);
@@ -28,7 +48,7 @@ void forward_row(const T* x, T* y, int64_t F) {
 }
 
 template <class T>
-void backward_row(const T* x, const T* dy, T* dx, int64_t F) {
+MVSPLIT_ROW void backward_row(const T* x, const T* dy, T* dx, int64_t F) {
     const Acc<T> one(1);
     for_chunks<T>(F, [&](int64_t i, auto n) {
         const Acc<T> g = load(x + i, n), v = load(x + F + i, n), d = load(dy + i, n);

@@ -4,8 +4,10 @@
 // Acc<T>, the same lanes in float (double for double), in one or two hardware vectors.
 #pragma once
 
+#include <ATen/cpu/vec/vec.h>  // before functional.h: the two include each other
+
 #include <ATen/Parallel.h>
-#include <ATen/cpu/vec/vec.h>
+#include <ATen/cpu/vec/functional.h>
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
@@ -21,6 +23,10 @@
 #define MVSPLIT_KERNELS_END \
     }                       \
     }
+
+// A function that sweeps a row has everything it calls inlined: vectors that cross a call go through
+// memory, which costs the rotation half its speed.
+#define MVSPLIT_ROW [[gnu::flatten]]
 
 MVSPLIT_KERNELS_BEGIN
 
@@ -47,27 +53,47 @@ inline void for_chunks(int64_t n, const F& f) {
     if (i < n) f(i, static_cast<int>(n - i));
 }
 
+inline void load_half_chunk(const c10::BFloat16* p, vec::Vectorized<float>& v) {
+    vec::load_fp32_from_bf16(p, v);
+}
+inline void load_half_chunk(const c10::Half* p, vec::Vectorized<float>& v) {
+    vec::load_fp32_from_fp16(p, v);
+}
+
 // Activations: T in memory, Acc<T> in registers. Lanes past a tail's length are zero.
 template <class T, class Count>
 inline Acc<T> load(const T* p, Count n) {
-    vec::Vectorized<T> v;
-    if constexpr (std::is_same_v<Count, Full<T>>)
-        v = vec::Vectorized<T>::loadu(p);
+    using V = vec::Vectorized<T>;
+    if constexpr (!std::is_same_v<Count, Full<T>>) {
+        alignas(64) T full[kChunk<T>];
+        V::set(V(T(0)), V::loadu(p, n), n).store(full);
+        return load(full, Full<T>{});
+    } else if constexpr (kParts<T> == 1) {
+        return Acc<T>(V::loadu(p));
+    } else {
+        // Half a chunk at a time: the conversion takes its operand from memory, nothing is shuffled.
+        Acc<T> a;
+        load_half_chunk(p, a[0]);
+        load_half_chunk(p + kChunk<T> / 2, a[1]);
+        return a;
+    }
+}
+
+// Rounds to nearest even.
+template <class T>
+inline vec::Vectorized<T> round_to(const Acc<T>& a) {
+    if constexpr (kParts<T> == 1) return a[0];
+#ifdef __AVX512BF16__
+    else if constexpr (std::is_same_v<T, c10::BFloat16>)
+        return (__m512i)_mm512_cvtne2ps_pbh(a[1], a[0]);  // 1 instruction, where rounding by hand is 20
+#endif
     else
-        v = vec::Vectorized<T>::set(vec::Vectorized<T>(T(0)), vec::Vectorized<T>::loadu(p, n), n);
-    if constexpr (kParts<T> == 1)
-        return Acc<T>(v);
-    else
-        return vec::convert<acc_t<T>, 2, T, 1>(vec::VectorizedN<T, 1>(v));
+        return vec::convert<T, 1, float, 2>(a);
 }
 
 template <class T, class Count>
 inline void store(T* p, const Acc<T>& a, Count n) {
-    vec::Vectorized<T> v;
-    if constexpr (kParts<T> == 1)
-        v = a[0];
-    else
-        v = vec::convert<T, 1, acc_t<T>, 2>(a);
+    const vec::Vectorized<T> v = round_to<T>(a);
     if constexpr (std::is_same_v<Count, Full<T>>)
         v.store(p);
     else
@@ -103,11 +129,7 @@ inline acc_t<T> sum(const Acc<T>& a) {
     using V = vec::Vectorized<acc_t<T>>;
     V v = a[0];
     for (int i = 1; i < kParts<T>; ++i) v = v + a[i];
-    alignas(64) acc_t<T> lanes[V::size()];
-    v.store(lanes);
-    for (int width = V::size() / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-    return lanes[0];
+    return vec::vec_reduce_all<acc_t<T>>([](const V& p, const V& q) { return p + q; }, v);
 }
 
 template <class F>
