@@ -1,0 +1,115 @@
+"""python -m bench <command>: measure the operators here, and write the README's figures."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from bench import report
+from bench.accuracy import Inaccurate
+from bench.cases import Shape
+from bench.profile import measure
+from mvsplit_ops import _backends
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def token_counts(text):
+    return tuple(positive(part) for part in text.replace("+", ",").split(","))
+
+
+def parser():
+    top = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True)
+    defaults = Shape()
+    p = commands.add_parser(
+        "profile",
+        help="the paper's operator profile on this machine",
+        description="Times every operator in eager PyTorch, torch.compile and fused, after checking that "
+        "each is right, and adds up one optimizer step.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument("--blocks", type=positive, default=400, help="blocks, 3/4 of them checkpointed")
+    p.add_argument("--batch", type=positive, default=defaults.B, help="samples per call")
+    p.add_argument(
+        "--tokens",
+        type=token_counts,
+        default=defaults.segments,
+        metavar="N[,N..]",
+        help="tokens of each segment of a sample: image, text",
+    )
+    p.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the activations")
+    p.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    p.add_argument("--backend", choices=_backends.BACKENDS, help="fused column (default: device's)")
+    p.add_argument("--threads", type=positive, help="CPU threads (default: PyTorch's)")
+    p.add_argument("--repeats", type=positive, default=30, help="timed calls of each implementation")
+    p.add_argument("--json", type=Path, metavar="FILE", help="add the record to FILE, one a line")
+    p.set_defaults(run=profile)
+    r = commands.add_parser(
+        "report",
+        help="write the README's table and picture",
+        description="Generates the README's table and picture from bench/results/*.jsonl.",
+    )
+    r.set_defaults(run=lambda args: report.write_readme())
+    return top
+
+
+def profile(args):
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    shape = Shape(
+        B=args.batch, segments=args.tokens, dtype=DTYPES[args.dtype], device=_usable(device)
+    )
+    if args.json and not args.json.resolve().parent.is_dir():
+        raise ValueError(f"--json: no folder {args.json.resolve().parent}; make it first")
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task("profile", total=None)
+
+        def progress(what, steps):
+            bar.update(task, description=what, total=steps)
+            bar.advance(task)
+
+        result = measure(shape, args.blocks, args.repeats, args.backend, progress)
+    report.print_table(result, Console(width=None if sys.stdout.isatty() else 190))
+    if args.json:
+        report.append_json(result, args.json)
+
+
+def _usable(device):
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device: cannot use {device!r} here: {reason}") from error
+    return device
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, RuntimeError, Inaccurate) as error:
+        print(f"python -m bench {args.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

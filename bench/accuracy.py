@@ -1,0 +1,56 @@
+"""Is a result right? The one rule, used by the tests and before anything is timed."""
+
+import torch
+
+
+class Inaccurate(AssertionError):
+    """A kernel erred more than the rule allows."""
+
+
+def require_accurate(name, got, eager, exact, factor=2.0):
+    """`got` may be `factor` times as wrong as eager code in its dtype, plus one rounding of the largest value.
+
+    exact is float64. Restates the rule of FlashAttention's tests: no tolerance is picked by hand.
+    """
+    if got.shape != exact.shape or not torch.isfinite(got).all():
+        raise Inaccurate(f"{name}: shape {tuple(got.shape)}, or a value that is not finite")
+    if exact.numel() == 0:
+        return
+    error, budget = ((t.double() - exact).abs().max().item() for t in (got, eager))
+    rounding = torch.finfo(got.dtype).eps * exact.abs().max().item()
+    if not error <= factor * budget + rounding:
+        raise Inaccurate(
+            f"{name}: largest error {error:.2e}, eager in {got.dtype} {budget:.2e}, "
+            f"allowed {factor:g} times that and {rounding:.1e}"
+        )
+
+
+def results_and_gradients(function, activations, constants, kwargs, seed=0):
+    """Results of a call, then the gradients of its activations, for the same random cotangents in any dtype."""
+    leaves = [t.detach().requires_grad_() for t in activations]
+    outputs = function(leaves, constants, kwargs)
+    generator = torch.Generator().manual_seed(seed)
+    cotangents = [cotangent(t, generator) for t in outputs]
+    return [t.detach() for t in outputs], list(torch.autograd.grad(outputs, leaves, cotangents))
+
+
+def cotangent(t, generator):
+    """Random, and exact in bfloat16, so that every dtype is given the same one."""
+    values = torch.randn(t.shape, generator=generator).bfloat16()
+    return values.to(t.device, t.dtype)
+
+
+def double(inputs):
+    """The same inputs in float64: what the oracle is given."""
+    activations, constants, kwargs = inputs
+    return [t.double() for t in activations], [t.double() for t in constants], kwargs
+
+
+def require_case(case, name, function, inputs):
+    """Results and gradients of `function` obey the rule for a case's inputs."""
+    exact = results_and_gradients(case.reference, *double(inputs))
+    eager = results_and_gradients(case.reference, *inputs)
+    got = results_and_gradients(function, *inputs)
+    for what, g, e, x in zip(("result", "gradient"), got, eager, exact, strict=True):
+        for i, tensors in enumerate(zip(g, e, x, strict=True)):
+            require_accurate(f"{case.op}, {name}, {what} {i}", *tensors)
