@@ -26,10 +26,17 @@ HEADERS = sorted(str(p) for p in Path("csrc").rglob("*.h"))
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # -fopenmp is given to the compiler alone: the OpenMP runtime must be the one that torch has loaded.
-COMMON = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wno-psabi"]
+COMMON = [
+    "-O3",
+    "-g0",
+    "-fopenmp",
+    "-fvisibility=hidden",
+    "-fvisibility-inlines-hidden",
+    "-Wno-psabi",
+]
 
-# Slowest first. A template or inline function that two instruction sets both compile is kept once, from
-# the object that comes first, so this order keeps the baseline's copy.
+# Slowest first. A template or inline function that two instruction sets both compile is kept once,
+# from the object that comes first, so this order keeps the baseline's copy.
 INSTRUCTION_SETS = {"DEFAULT": []}
 if X86:
     INSTRUCTION_SETS["AVX2"] = ["-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c"]

@@ -40,8 +40,8 @@ def parser():
     p = commands.add_parser(
         "profile",
         help="the paper's operator profile on this machine",
-        description="Times every operator in eager PyTorch, torch.compile and fused, after checking that "
-        "each is right, and adds up one optimizer step.",
+        description="Times every operator in eager PyTorch, torch.compile and fused, after "
+        "checking that each is right, and adds up one optimizer step.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("--blocks", type=positive, default=400, help="blocks, 3/4 of them checkpointed")
@@ -57,7 +57,9 @@ def parser():
     p.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     p.add_argument("--backend", choices=_backends.BACKENDS, help="fused column (default: device's)")
     p.add_argument("--threads", type=positive, help="CPU threads (default: PyTorch's)")
-    p.add_argument("--repeats", type=positive, default=30, help="timed calls of each implementation")
+    p.add_argument(
+        "--repeats", type=positive, default=30, help="timed calls of each implementation"
+    )
     p.add_argument("--json", type=Path, metavar="FILE", help="add the record to FILE, one a line")
     p.set_defaults(run=profile)
     r = commands.add_parser(

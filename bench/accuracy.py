@@ -8,9 +8,10 @@ class Inaccurate(AssertionError):
 
 
 def require_accurate(name, got, eager, exact, factor=2.0):
-    """`got` may be `factor` times as wrong as eager code in its dtype, plus one rounding of the largest value.
+    """`got` may be `factor` times as wrong as eager code in its dtype, plus one rounding.
 
-    exact is float64. Restates the rule of FlashAttention's tests: no tolerance is picked by hand.
+    exact is float64; the rounding is of its largest value. Restates the rule of FlashAttention's
+    tests: no tolerance is picked by hand.
     """
     if got.shape != exact.shape or not torch.isfinite(got).all():
         raise Inaccurate(f"{name}: shape {tuple(got.shape)}, or a value that is not finite")
@@ -26,12 +27,13 @@ def require_accurate(name, got, eager, exact, factor=2.0):
 
 
 def results_and_gradients(function, activations, constants, kwargs, seed=0):
-    """Results of a call, then the gradients of its activations, for the same random cotangents in any dtype."""
+    """Results of a call, and gradients of its activations for cotangents that no dtype changes."""
     leaves = [t.detach().requires_grad_() for t in activations]
     outputs = function(leaves, constants, kwargs)
     generator = torch.Generator().manual_seed(seed)
     cotangents = [cotangent(t, generator) for t in outputs]
-    return [t.detach() for t in outputs], list(torch.autograd.grad(outputs, leaves, cotangents))
+    torch.autograd.backward(outputs, cotangents)
+    return [t.detach() for t in outputs], [t.grad for t in leaves]
 
 
 def cotangent(t, generator):

@@ -1,4 +1,4 @@
-"""What is measured: the operators of the paper's profile as data. The runner knows no operator by name."""
+"""What is measured, as data: the runner knows no operator by name."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from mvsplit_ops import reference
 
 @dataclass(frozen=True)
 class Shape:
-    """B samples of `segments` tokens, width D in H heads, SwiGLU width F. Defaults: the paper's model."""
+    """B samples of `segments` tokens, width D in H heads, SwiGLU width F: the paper's."""
 
     B: int = 4
     segments: tuple[int, ...] = (256, 64)
@@ -35,6 +35,16 @@ class Shape:
         return self.B * self.T * self.D * self.dtype.itemsize
 
 
+def in_order(op, activations, constants, kwargs):
+    """Activations, then constants, as positional arguments."""
+    return op(*activations, *constants, **kwargs)
+
+
+def one_by_one(op, activations, constants, kwargs):
+    """The op on each activation on its own: RoPE of q, then of k."""
+    return tuple(op(t, *constants, **kwargs) for t in activations)
+
+
 @dataclass(frozen=True)
 class Case:
     """One operator of the profile.
@@ -42,10 +52,11 @@ class Case:
     op         public name; its eager definition has the same name in mvsplit_ops.reference
     title      the paper's name
     inputs     (Shape, Generator) -> (activations, constants, keyword arguments)
-    fwd, bwd   passes of (B, T, D) that must move in one call (SwiGLU: F = 3 D is counted by its shape)
+    fwd, bwd   passes of (B, T, D) that must move in one call; one of (B, T, F) is F / D
     per_block  calls in one block
-    each       apply the operator to each activation on its own (RoPE: q, then k)
+    call       how the operator takes its inputs
     part_of    the case that replaces this one in totals
+    profiled   one of the operators of the paper's profile
     """
 
     op: str
@@ -54,16 +65,15 @@ class Case:
     fwd: Callable[[Shape], float]
     bwd: Callable[[Shape], float]
     per_block: int = 1
-    each: bool = False
+    call: Callable = in_order
     part_of: str | None = None
+    profiled: bool = True
 
     def function(self, implementation):
         """The call that is timed: activations and parameters -> tuple of results."""
 
         def call(activations, constants, kwargs):
-            if self.each:
-                return tuple(implementation(t, *constants, **kwargs) for t in activations)
-            out = implementation(*activations, *constants, **kwargs)
+            out = self.call(implementation, activations, constants, kwargs)
             return out if isinstance(out, tuple) else (out,)
 
         return call
@@ -111,19 +121,43 @@ def _merge(shape, g):
     return (x, f, alpha, beta), (), {"segments": list(shape.segments)}
 
 
+def _layerscale(shape, g):
+    (x, f, _, scale), _, _ = _merge(shape, g)
+    return (x, f, scale), (), {}
+
+
 CASES = (
-    Case("rope", "RoPE (q, k)", _rope, lambda s: 4, lambda s: 4, each=True, part_of="rope_qk_norm"),
+    Case(
+        "rope",
+        "RoPE (q, k)",
+        _rope,
+        lambda s: 4,
+        lambda s: 4,
+        call=one_by_one,
+        part_of="rope_qk_norm",
+    ),
     Case("qk_norm", "QK-Norm", _qk_norm, lambda s: 4, lambda s: 6, part_of="rope_qk_norm"),
     Case("rope_qk_norm", "RoPE + QK-Norm", _rope, lambda s: 4, lambda s: 6),
     Case("swiglu", "SwiGLU", _swiglu, lambda s: 3 * s.F / s.D, lambda s: 5 * s.F / s.D),
     Case("mvsplit_rmsnorm", "MV-Split + RMSNorm", _merge, lambda s: 3, lambda s: 5, per_block=2),
+    Case(
+        "residual_rmsnorm",
+        "LayerScale + RMSNorm",
+        _layerscale,
+        lambda s: 3,
+        lambda s: 5,
+        per_block=2,
+        profiled=False,
+    ),
 )
+PROFILE = tuple(case for case in CASES if case.profiled)
 
 
 def calls_per_step(case, blocks):
     """(forward, backward) calls of one optimizer step with three of four blocks checkpointed.
 
-    A checkpointed block runs its forward again in backward: 400 blocks make 700 forward and 400 backward.
+    A checkpointed block runs its forward again in backward: 400 blocks make 700 forward and 400
+    backward calls.
     """
     recomputed = blocks * 3 // 4
     return (blocks + recomputed) * case.per_block, blocks * case.per_block

@@ -1,7 +1,8 @@
 """The paper's operator profile, measured on the machine in front of you.
 
-Per operator: calls per optimizer step, time per call forward and backward, milliseconds per step in eager
-PyTorch, torch.compile and the fused operator, and how near the fused one comes to the copy bandwidth.
+Per operator: calls per optimizer step, time per call forward and backward, milliseconds per step in
+eager PyTorch, torch.compile and the fused operator, and how near the fused one comes to the copy
+bandwidth.
 """
 
 import datetime
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 
 from bench.accuracy import cotangent, require_case
-from bench.cases import CASES, calls_per_step
+from bench.cases import PROFILE, calls_per_step
 from bench.timing import Timer, copy_bandwidth, interleaved, keep_freed_memory
 from mvsplit_ops import _backends
 
@@ -58,7 +59,7 @@ class Profile:
     rows: list[Row]
 
     def total(self, of):
-        """Sum of of(row) over the four operators, RoPE and QK-Norm counted as the one op they make."""
+        """Sum of of(row) over the operators, RoPE and QK-Norm counted as the one they make."""
         return sum(of(row) for row in self.rows if row.part_of is None)
 
     def to_json(self):
@@ -78,18 +79,19 @@ def _tuples(seconds):
 
 
 def measure(shape, blocks=400, repeats=30, backend=None, progress=lambda what, of: None):
-    """Measure every case at a shape. progress(what is being done, steps in all) is called before each step.
+    """Measure the profile's operators at a shape.
 
+    progress(what is being done, steps in all) is called before each step.
     Inaccurate: an implementation's result is wrong; nothing of that operator is timed.
     RuntimeError: the backend cannot run here.
     """
     keep_freed_memory()
-    backend = backend or _backends.DEFAULTS.get(torch.device(shape.device).type)
-    steps = 2 + 2 * len(CASES)
+    backend = backend or _backends.DEFAULTS[torch.device(shape.device).type]
+    steps = 2 + 2 * len(PROFILE)
     progress("copy bandwidth", steps)
     bandwidth = [copy_bandwidth(shape.device)]
     rows = []
-    for case in CASES:
+    for case in PROFILE:
         progress(f"{case.title}: compiling, checking", steps)
         rows.append(_measure_case(case, shape, blocks, repeats, backend, steps, progress))
     progress("copy bandwidth", steps)

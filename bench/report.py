@@ -79,8 +79,9 @@ def notes(profile):
     eager, compiled, fused = one_call
     paper = PAPER_MS["eager"], PAPER_MS["fused"]
     return (
-        "Rows in brackets are replaced by RoPE + QK-Norm and not in the total. GB/s counts the bytes "
-        "that the mathematics must move; the copy is of 256 MiB, a call's tensors may stay in cache.",
+        "Rows in brackets are replaced by RoPE + QK-Norm and not in the total. GB/s counts the "
+        "bytes that the mathematics must move; the copy is of 256 MiB, while a call's tensors may "
+        "stay in cache.",
         f"One forward and one backward call of each operator, summed: {eager:.2f} ms eager, "
         f"{compiled:.2f} ms torch.compile, {fused:.2f} ms fused: {eager / fused:.2f}x and "
         f"{compiled / fused:.2f}x.",

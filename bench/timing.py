@@ -14,7 +14,7 @@ def keep_freed_memory():
     """Have glibc reuse freed memory instead of returning it to the system.
 
     A training process has long grown to its size. A short benchmark that allocates and frees a few
-    megabytes at a time would measure page faults: up to half of a call's time, for every implementation.
+    megabytes at a time would measure page faults: up to half of a call's time, whoever makes it.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -45,10 +45,10 @@ class Timer:
 
 
 def interleaved(calls, repeats, timer, on_repeat=lambda: None):
-    """Median (forward, backward) seconds of each {name: call}, one of each in turn, `repeats` times.
+    """Median (forward, backward) seconds of each {name: call}, taken in turn, `repeats` times.
 
-    call() -> (forward, backward): forward() gives what backward(that) takes. Taking turns, a slow moment
-    of the machine meets every implementation alike; the first fifth warms up and does not count.
+    A call is a pair: forward() gives what backward takes. Taking turns, a slow moment of the
+    machine meets every implementation alike; the first fifth warms up and does not count.
     """
     seconds = {name: ([], []) for name in calls}
     warmup = max(1, repeats // 5)
@@ -64,7 +64,7 @@ def interleaved(calls, repeats, timer, on_repeat=lambda: None):
 
 
 def copy_bandwidth(device, megabytes=256, repeats=15):
-    """Bytes per second, read and written, of a large tensor copy: what % of bandwidth is measured against."""
+    """Bytes per second, read and written, of a large tensor copy."""
     source = torch.ones(megabytes << 20, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     timer = Timer(device)

@@ -1,7 +1,7 @@
 // Tensors in, pointers out: what the bindings in module.cpp need to call a kernel.
 //
-// Users' mistakes are told in mvsplit_ops/_check.py; the checks here keep a direct call of a backward op
-// inside its tensors.
+// Users' mistakes are told in mvsplit_ops/_check.py; the checks here keep a direct call of a
+// backward op inside its tensors.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -31,19 +31,21 @@ inline Tensor zeros_acc(const Tensor& like, at::IntArrayRef sizes) {
 }
 
 inline void check_shape(const char* name, const Tensor& t, at::IntArrayRef sizes) {
-    TORCH_CHECK(t.device().is_cpu() && t.sizes() == sizes, "mvsplit_ops: ", name, " must be a CPU tensor ",
-                sizes, ", got ", t.sizes(), " on ", t.device());
+    TORCH_CHECK(t.device().is_cpu() && t.sizes() == sizes, "mvsplit_ops: ", name,
+                " must be a CPU tensor ", sizes, ", got ", t.sizes(), " on ", t.device());
 }
 
-inline void check_like(const char* name, const Tensor& t, const Tensor& like, at::IntArrayRef sizes) {
+inline void check_like(const char* name, const Tensor& t, const Tensor& like,
+                       at::IntArrayRef sizes) {
     check_shape(name, t, sizes);
     TORCH_CHECK(t.scalar_type() == like.scalar_type(), "mvsplit_ops: ", name, " must be ",
                 like.scalar_type(), ", got ", t.scalar_type());
 }
 
-// A parameter or statistic as a contiguous accumulator tensor; `keep` owns it while the kernel runs.
-inline void* acc_data(const char* name, const Tensor& t, at::IntArrayRef sizes, c10::ScalarType dtype,
-                      Tensor& keep) {
+// A parameter or statistic as a contiguous accumulator tensor; `keep` owns it while the kernel
+// runs.
+inline void* acc_data(const char* name, const Tensor& t, at::IntArrayRef sizes,
+                      c10::ScalarType dtype, Tensor& keep) {
     check_shape(name, t, sizes);
     keep = t.to(dtype).contiguous();
     return keep.data_ptr();
@@ -54,8 +56,9 @@ inline void* acc_data(const char* name, const OptTensor& t, at::IntArrayRef size
     return t ? acc_data(name, *t, sizes, dtype, keep) : nullptr;
 }
 
-// Stride between rows when dims [0, lead) of t collapse into rows whose elements (dims from lead on) are
-// contiguous: a view of a packed projection, or a row expanded over the batch. Else nothing.
+// Stride between rows when dims [0, lead) of t collapse into rows whose elements (dims from lead
+// on) are contiguous: a view of a packed projection, or a row expanded over the batch. Else
+// nothing.
 inline std::optional<int64_t> row_stride(const Tensor& t, int64_t lead) {
     int64_t inner = 1;
     for (int64_t d = t.dim() - 1; d >= lead; --d) {

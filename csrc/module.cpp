@@ -11,11 +11,19 @@
 
 namespace mvsplit {
 
-namespace DEFAULT { const Kernels& kernels(); }
+namespace DEFAULT {
+const Kernels& kernels();
+}
 #ifdef MVSPLIT_X86
-namespace AVX2 { const Kernels& kernels(); }
-namespace AVX512 { const Kernels& kernels(); }
-namespace AVX512_BF16 { const Kernels& kernels(); }
+namespace AVX2 {
+const Kernels& kernels();
+}
+namespace AVX512 {
+const Kernels& kernels();
+}
+namespace AVX512_BF16 {
+const Kernels& kernels();
+}
 #endif
 
 namespace {
@@ -77,20 +85,23 @@ struct Tables {
     Rotation rotation;
 };
 
-Tables tables(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved, bool inverse) {
+Tables tables(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved,
+              bool inverse) {
     const int64_t B = x.size(0), T = x.size(1), half = x.size(3) / 2;
-    TORCH_CHECK(cos.sizes() == sin.sizes() && (cos.dim() == 2 || (cos.dim() == 3 && cos.size(0) == B)) &&
+    TORCH_CHECK(cos.sizes() == sin.sizes() &&
+                    (cos.dim() == 2 || (cos.dim() == 3 && cos.size(0) == B)) &&
                     cos.size(-1) == half && cos.size(-2) >= T,
-                "mvsplit_ops: cos and sin must be (T, Dh/2) or (B, T, Dh/2), got ", cos.sizes(), " and ",
-                sin.sizes());
+                "mvsplit_ops: cos and sin must be (T, Dh/2) or (B, T, Dh/2), got ", cos.sizes(),
+                " and ", sin.sizes());
     Tables t{cos.to(acc_dtype(x)).contiguous(), sin.to(acc_dtype(x)).contiguous(), {}};
     t.rotation = {t.cos.data_ptr(), t.sin.data_ptr(), cos.dim() == 3 ? cos.size(1) * half : 0, half,
-                  interleaved, inverse};
+                  interleaved,      inverse};
     return t;
 }
 
 HeadArgs head_args(const Tensor& x) {
-    TORCH_CHECK(x.dim() == 4 && x.size(3) % 2 == 0, "mvsplit_ops: expected (B, T, H, Dh), got ", x.sizes());
+    TORCH_CHECK(x.dim() == 4 && x.size(3) % 2 == 0, "mvsplit_ops: expected (B, T, H, Dh), got ",
+                x.sizes());
     HeadArgs a;
     a.B = x.size(0), a.T = x.size(1), a.Dh = x.size(3);
     return a;
@@ -107,7 +118,8 @@ Tensor rope(Tensor x, const Tensor& cos, const Tensor& sin, bool interleaved, bo
     return y;
 }
 
-Tensor rope_bwd(const Tensor& dy, const Tensor& cos, const Tensor& sin, bool interleaved, bool inverse) {
+Tensor rope_bwd(const Tensor& dy, const Tensor& cos, const Tensor& sin, bool interleaved,
+                bool inverse) {
     return rope(dy, cos, sin, interleaved, !inverse);
 }
 
@@ -130,8 +142,8 @@ Part forward_part(const Tensor& x, const OptTensor& weight, HeadArgs& a, int i) 
     return p;
 }
 
-Part backward_part(const Tensor& dy, const Tensor& kept, const Tensor& rstd, const OptTensor& weight,
-                   HeadArgs& a, int i) {
+Part backward_part(const Tensor& dy, const Tensor& kept, const Tensor& rstd,
+                   const OptTensor& weight, HeadArgs& a, int i) {
     check_like("dy", dy, kept, {a.B, a.T, kept.size(2), a.Dh});
     check_like("y", kept, dy, {a.B, a.T, kept.size(2), a.Dh});
     Part p;
@@ -169,8 +181,8 @@ Four norm_backward(HeadArgs& a, Kernels::HeadFn kernel, const Tensor& dq, const 
     return {p.out, r.out, p.dweight, r.dweight};
 }
 
-Four qk_norm_fwd(const Tensor& q, const Tensor& k, const OptTensor& q_weight, const OptTensor& k_weight,
-                 double eps) {
+Four qk_norm_fwd(const Tensor& q, const Tensor& k, const OptTensor& q_weight,
+                 const OptTensor& k_weight, double eps) {
     HeadArgs a = head_args(q);
     return norm_forward(a, kernels().qk_norm_fwd, q, k, q_weight, k_weight, eps);
 }
@@ -179,12 +191,13 @@ Four qk_norm_bwd(const Tensor& dq, const Tensor& dk, const Tensor& q, const Tens
                  const Tensor& q_rstd, const Tensor& k_rstd, const OptTensor& q_weight,
                  const OptTensor& k_weight) {
     HeadArgs a = head_args(dq);
-    return norm_backward(a, kernels().qk_norm_bwd, dq, dk, q, k, q_rstd, k_rstd, q_weight, k_weight);
+    return norm_backward(a, kernels().qk_norm_bwd, dq, dk, q, k, q_rstd, k_rstd, q_weight,
+                         k_weight);
 }
 
 Four rope_qk_norm_fwd(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
-                      const OptTensor& q_weight, const OptTensor& k_weight, double eps, bool interleaved,
-                      bool inverse, bool norm_first) {
+                      const OptTensor& q_weight, const OptTensor& k_weight, double eps,
+                      bool interleaved, bool inverse, bool norm_first) {
     HeadArgs a = head_args(q);
     const Tables t = tables(q, cos, sin, interleaved, inverse);
     a.rotation = t.rotation, a.norm_first = norm_first;
@@ -192,19 +205,21 @@ Four rope_qk_norm_fwd(const Tensor& q, const Tensor& k, const Tensor& cos, const
 }
 
 Four rope_qk_norm_bwd(const Tensor& dq, const Tensor& dk, const Tensor& q, const Tensor& k,
-                      const Tensor& cos, const Tensor& sin, const Tensor& q_rstd, const Tensor& k_rstd,
-                      const OptTensor& q_weight, const OptTensor& k_weight, bool interleaved, bool inverse,
-                      bool norm_first) {
+                      const Tensor& cos, const Tensor& sin, const Tensor& q_rstd,
+                      const Tensor& k_rstd, const OptTensor& q_weight, const OptTensor& k_weight,
+                      bool interleaved, bool inverse, bool norm_first) {
     HeadArgs a = head_args(dq);
     const Tables t = tables(dq, cos, sin, interleaved, inverse);
     a.rotation = t.rotation, a.norm_first = norm_first;
-    return norm_backward(a, kernels().rope_qk_norm_bwd, dq, dk, q, k, q_rstd, k_rstd, q_weight, k_weight);
+    return norm_backward(a, kernels().rope_qk_norm_bwd, dq, dk, q, k, q_rstd, k_rstd, q_weight,
+                         k_weight);
 }
 
 // ---- swiglu
 
 Tensor swiglu_fwd(Tensor x) {
-    TORCH_CHECK(x.dim() >= 1 && x.size(-1) % 2 == 0, "mvsplit_ops: expected (.., 2F), got ", x.sizes());
+    TORCH_CHECK(x.dim() >= 1 && x.size(-1) % 2 == 0, "mvsplit_ops: expected (.., 2F), got ",
+                x.sizes());
     auto sizes = x.sizes().vec();
     sizes.back() /= 2;
     Tensor y = at::empty(sizes, x.options());
@@ -217,7 +232,8 @@ Tensor swiglu_fwd(Tensor x) {
 
 Tensor swiglu_bwd(Tensor dy, Tensor x) {
     auto sizes = x.sizes().vec();
-    TORCH_CHECK(x.dim() >= 1 && x.size(-1) % 2 == 0, "mvsplit_ops: expected (.., 2F), got ", x.sizes());
+    TORCH_CHECK(x.dim() >= 1 && x.size(-1) % 2 == 0, "mvsplit_ops: expected (.., 2F), got ",
+                x.sizes());
     sizes.back() /= 2;
     check_like("dy", dy, x, sizes);
     Tensor dx = at::empty(x.sizes(), x.options());
@@ -259,9 +275,8 @@ struct Merge {
         args.segments = segments.data(), args.S = segments.size();
     }
 
-    // x is kept when there is a weight, y when there is none
-    void set_kept(const Tensor& kept, const Tensor& g, const OptTensor& w) {
-        if (w)
+    void set_kept(const Tensor& kept, const Tensor& g, bool is_x) {
+        if (is_x)
             args.x = activation("x", kept, g, x);
         else
             args.y = activation("y", kept, g, y);
@@ -269,7 +284,8 @@ struct Merge {
 };
 
 Four mvsplit_rmsnorm_fwd(const Tensor& x, const Tensor& f, const Tensor& alpha, const Tensor& beta,
-                         const OptTensor& weight, const std::vector<int64_t>& segments, double eps) {
+                         const OptTensor& weight, const std::vector<int64_t>& segments,
+                         double eps) {
     Merge m(x);
     MergeArgs& a = m.args;
     m.set_segments(segments);
@@ -296,7 +312,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mvsplit_rmsnorm_bwd(
     Tensor dalpha = zeros_acc(dy, {a.D}), dbeta = zeros_acc(dy, {a.D});
     Tensor dweight = zeros_acc(dy, {weight ? a.D : 0});
     a.dy = m.activation("dy", dy, dy, m.dy), a.f = m.activation("f", f, dy, m.f);
-    m.set_kept(kept, dy, weight);
+    m.set_kept(kept, dy, weight.has_value());
     a.alpha = acc_data("alpha", alpha, {a.D}, m.acc, m.alpha);
     a.beta = acc_data("beta", beta, {a.D}, m.acc, m.beta);
     a.weight = acc_data("weight", weight, {a.D}, m.acc, m.weight);
@@ -309,8 +325,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mvsplit_rmsnorm_bwd(
     return {dx, df, dalpha, dbeta, dweight};
 }
 
-std::tuple<Tensor, Tensor> residual_rmsnorm_fwd(const Tensor& x, const Tensor& f, const OptTensor& scale,
-                                                const OptTensor& weight, double eps) {
+std::tuple<Tensor, Tensor> residual_rmsnorm_fwd(const Tensor& x, const Tensor& f,
+                                                const OptTensor& scale, const OptTensor& weight,
+                                                double eps) {
     Merge m(x);
     MergeArgs& a = m.args;
     Tensor y = at::empty(x.sizes(), x.options()), rstd = empty_acc(x, {a.B, a.T});
@@ -322,8 +339,8 @@ std::tuple<Tensor, Tensor> residual_rmsnorm_fwd(const Tensor& x, const Tensor& f
     return {y, rstd};
 }
 
-Four residual_rmsnorm_bwd(const Tensor& dy, const Tensor& kept, const OptTensor& f, const OptTensor& scale,
-                          const OptTensor& weight, const Tensor& rstd) {
+Four residual_rmsnorm_bwd(const Tensor& dy, const Tensor& kept, const OptTensor& f,
+                          const OptTensor& scale, const OptTensor& weight, const Tensor& rstd) {
     Merge m(dy);
     MergeArgs& a = m.args;
     TORCH_CHECK(f || (!scale && !weight), "mvsplit_ops: f is needed with a scale or a weight");
@@ -332,7 +349,7 @@ Four residual_rmsnorm_bwd(const Tensor& dy, const Tensor& kept, const OptTensor&
     Tensor dscale = zeros_acc(dy, {scale ? a.D : 0}), dweight = zeros_acc(dy, {weight ? a.D : 0});
     a.dy = m.activation("dy", dy, dy, m.dy);
     if (f) a.f = m.activation("f", *f, dy, m.f);
-    m.set_kept(kept, dy, weight);
+    m.set_kept(kept, dy, scale || weight);
     a.beta = acc_data("scale", scale, {a.D}, m.acc, m.beta);
     a.weight = acc_data("weight", weight, {a.D}, m.acc, m.weight);
     a.rstd = acc_data("rstd", rstd, {a.B, a.T}, m.acc, m.rstd);

@@ -5,8 +5,8 @@
     q, k = mv.rope_qk_norm(q, k, cos, sin)
     h = mv.swiglu(x)
 
-Every operator is differentiable, takes `backend=`, and is also torch.ops.mvsplit.<op>. What runs where:
-`python -m mvsplit_ops`, or mv.backends().
+Every operator is differentiable, takes `backend=`, and is also torch.ops.mvsplit.<op>. What runs
+where: `python -m mvsplit_ops`, or mv.backends().
 """
 
 from mvsplit_ops import reference

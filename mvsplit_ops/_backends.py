@@ -1,7 +1,8 @@
 """Which backend runs an operator, and why another cannot.
 
-`reference` is eager PyTorch on any device. The others are modules that offer `<op>_fwd` and `<op>_bwd`.
-The default depends on the device type alone; a backend that cannot run raises, nothing falls back.
+`reference` is eager PyTorch on any device. The others are modules that offer `<op>_fwd` and
+`<op>_bwd`. The default depends on the device type alone; a backend that cannot run raises, nothing
+falls back.
 """
 
 import contextlib
@@ -68,6 +69,7 @@ def resolve(op, backend, x):
     return _known(op, backend)
 
 
+@functools.cache  # a call's way to its kernel is one dictionary look-up; an error is not cached
 def kernel(backend, op, suffix, device_type):
     """The function that computes `<op><suffix>` on a backend; RuntimeError says what is missing."""
     _known(op, backend)

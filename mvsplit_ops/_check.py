@@ -20,7 +20,7 @@ def fail(op, arg, expected, got):
 
 
 def activation(op, arg, t, dims, like=None):
-    """t has the dimensions named in dims, e.g. "B T H Dh"; with `like`, its dtype and device too."""
+    """t has the dimensions named in dims, e.g. "B T H Dh"; like: (name, t of its dtype, device)."""
     rank = len(dims.split())
     named = f"({dims.replace(' ', ', ')})"
     if not isinstance(t, torch.Tensor) or t.dim() != rank or t.dtype not in ACTIVATIONS:
@@ -61,7 +61,7 @@ def parameter(op, arg, t, size, x):
 
 
 def tables(op, cos, sin, x):
-    """cos and sin are (T, Dh/2) or (B, T, Dh/2) with at least x's T rows, in float32 or x's dtype."""
+    """cos and sin are (T, Dh/2) or (B, T, Dh/2), T or more rows, in float32 or x's dtype."""
     B, T, _, Dh = x.shape
     if Dh % 2:
         fail(op, "Dh, the last dimension of x,", "even", Dh)

@@ -6,8 +6,9 @@ An operator is three registered ops:
     mvsplit::<op>_fwd   a kernel: the results, and the statistics that backward needs
     mvsplit::<op>_bwd   a kernel: the gradients
 
-The last argument of a kernel op names the backend, so a call's choice is part of a compiled graph and of
-its backward. `reference` has no kernel: it is plain PyTorch, differentiable any number of times.
+The last argument of a kernel op names the backend, so a call's choice is part of a compiled graph
+and of its backward. `reference` has no kernel: it is plain PyTorch, differentiable any number of
+times.
 """
 
 from collections.abc import Callable

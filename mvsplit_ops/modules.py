@@ -12,8 +12,8 @@ class MVSplitRMSNorm(torch.nn.Module):
 
     dim         D, the width of the trunk
     init_alpha  start of alpha, the gain of the mean of the branch: 0 in the paper
-    init_beta   start of beta, the gain of its centred part: 1 with zero-initialised writers, 0.03 with
-                standard initialisation (1000 blocks)
+    init_beta   start of beta, the gain of its centred part: 1 with zero-initialised writers, 0.03
+                with standard initialisation (1000 blocks)
     eps         of the RMSNorm
 
     Parameters alpha and beta (D,): keep them in float32 when the activations are 16-bit.
@@ -39,4 +39,5 @@ class MVSplitRMSNorm(torch.nn.Module):
         return mvsplit_rmsnorm(x, f, self.alpha, self.beta, segments=segments, eps=self.eps)
 
     def extra_repr(self) -> str:
-        return f"{self.alpha.numel()}, init_alpha={self.init_alpha}, init_beta={self.init_beta}, eps={self.eps}"
+        gains = f"init_alpha={self.init_alpha}, init_beta={self.init_beta}"
+        return f"{self.alpha.numel()}, {gains}, eps={self.eps}"

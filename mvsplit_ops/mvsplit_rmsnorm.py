@@ -38,8 +38,10 @@ def _save(ctx, x, f, alpha, beta, weight, segments, eps, outputs):
 
 
 def _backward(ctx, bwd, dy):
-    dx, df, dalpha, dbeta, dweight = bwd(dy, *ctx.saved_tensors, ctx.segments)
-    return dx, df, dalpha, dbeta, None if ctx.saved_tensors[4] is None else dweight, None, None
+    saved = ctx.saved_tensors  # read once: checkpointing recomputes them for one reading
+    weight = saved[4]
+    dx, df, dalpha, dbeta, dweight = bwd(dy, *saved, ctx.segments)
+    return dx, df, dalpha, dbeta, None if weight is None else dweight, None, None
 
 
 _OP = register(
@@ -83,8 +85,8 @@ def mvsplit_rmsnorm(
     segments     ints        token counts that sum to T, e.g. (256, 64) image and text; None: one
     returns      (B, T, D)   dtype of x               X_{l+1}
 
-    Moves 2 reads and 1 write forward, 3 and 2 backward; backward needs y and f, not x (with a weight
-    x and f, not y). fp32 accumulation (fp64 for fp64), bit-identical from run to run.
+    Moves 2 reads and 1 write forward, 3 and 2 backward; backward needs y and f, not x (with a
+    weight x and f, not y). fp32 accumulation (fp64 for fp64), bit-identical from run to run.
     ValueError: shape, dtype, device, segments. RuntimeError: the backend cannot run here.
     arXiv 2605.06169, Sec. 5; segments App. E.
     """

@@ -109,10 +109,11 @@ def qk_norm(
     q_weight, k_weight  (Dh,)            fp32 or dtype of q; optional, the paper uses none
     returns             q, k             shapes and dtype of q and k, contiguous
 
-    fp32 arithmetic (fp64 for fp64); bit-identical from run to run. Backward reads dy, the result and
-    1/rms; with a weight the input in place of the result.
+    fp32 arithmetic (fp64 for fp64); bit-identical from run to run. Backward reads dy, the result
+    and 1/rms; with a weight the input in place of the result.
     ValueError: shape, dtype, device. RuntimeError: the backend cannot run here.
-    Henry et al., Query-Key Normalization, arXiv 2010.04245; Zhang and Sennrich, RMSNorm, 1910.07467.
+    Henry et al., Query-Key Normalization, arXiv 2010.04245; Zhang and Sennrich, RMSNorm, arXiv
+    1910.07467.
     """
     return _OP(q, k, q_weight, k_weight, eps, backend=backend)
 

@@ -27,14 +27,16 @@ def _fake_bwd(dy, kept, f, scale, weight, rstd):
 
 def _save(ctx, x, f, scale, weight, eps, outputs):
     y, rstd = outputs
-    kept = y if weight is None else x
-    needs_f = scale is not None or weight is not None
-    ctx.save_for_backward(kept, f if needs_f else None, scale, weight, rstd)
+    if scale is None and weight is None:
+        ctx.save_for_backward(y, None, None, None, rstd)
+    else:  # f is read for dscale in any case; x beside it costs no more than y
+        ctx.save_for_backward(x, f, scale, weight, rstd)
 
 
 def _backward(ctx, bwd, dy):
-    _, _, scale, weight, _ = ctx.saved_tensors
-    dx, df, dscale, dweight = bwd(dy, *ctx.saved_tensors)
+    saved = ctx.saved_tensors  # read once: checkpointing recomputes them for one reading
+    _, _, scale, weight, _ = saved
+    dx, df, dscale, dweight = bwd(dy, *saved)
     df, dscale = (dx, None) if scale is None else (df, dscale)  # df = scale * dx
     return dx, df, dscale, None if weight is None else dweight, None
 
@@ -76,8 +78,8 @@ def residual_rmsnorm(
     weight   (D,)         fp32 or dtype of x       RMSNorm weight; optional
     returns  (B, T, D)    dtype of x               the next trunk
 
-    Moves 2 reads and 1 write forward; backward 2 and 1 without a scale, 3 and 2 with one. fp32
-    accumulation (fp64 for fp64), bit-identical from run to run.
+    Moves 2 reads and 1 write forward; backward 2 and 1 for a plain residual (dy and y), 3 and 2
+    with a scale (dy, x and f). fp32 accumulation (fp64 for fp64), bit-identical from run to run.
     ValueError: shape, dtype, device. RuntimeError: the backend cannot run here.
     LayerScale: arXiv 2103.17239. ReZero: arXiv 2003.04887.
     """

@@ -26,7 +26,7 @@ def _backward(ctx, bwd, dy):
 
 
 def constant_tables(op, ctx, first):
-    """Gradients stop at cos and sin, arguments `first` and `first + 1`: say so rather than return none."""
+    """Raise if cos or sin, arguments first and first + 1, want a gradient: none is computed."""
     if any(ctx.needs_input_grad[first : first + 2]):
         raise ValueError(
             f"{op}: cos and sin must not require grad, no kernel computes it; "
@@ -67,7 +67,7 @@ def rope(
     """Rotate each pair of x by its angle: o1 = x1 cos - x2 sin, o2 = x2 cos + x1 sin.
 
     x            (B, T, H, Dh)               fp32, bf16, fp16, fp64; Dh even; any row stride
-    cos, sin     (T, Dh/2) or (B, T, Dh/2)   fp32 or dtype of x; constants; longer tables are cut to T
+    cos, sin     (T, Dh/2) or (B, T, Dh/2)   fp32 or dtype of x; constants; longer ones are cut
     interleaved  bool                        pairs (2i, 2i+1) instead of (i, i + Dh/2)
     conjugate    bool                        rotate by the negative angle, the inverse
     returns      (B, T, H, Dh)               dtype of x, contiguous

@@ -8,9 +8,7 @@ from mvsplit_ops.qk_norm import both, check_heads, fake_bwd, fake_fwd, keep
 from mvsplit_ops.rope import constant_tables
 
 
-def _check_inputs(
-    q, k, cos, sin, q_weight, k_weight, eps, interleaved, conjugate, norm_first
-):
+def _check_inputs(q, k, cos, sin, q_weight, k_weight, eps, interleaved, conjugate, norm_first):
     check_heads("rope_qk_norm", q, k, q_weight, k_weight)
     _check.tables("rope_qk_norm", cos, sin, q)
 
@@ -91,8 +89,8 @@ def rope_qk_norm(
 
     A rotation keeps the norm of a row, so without weights both orders are the same function; tables
     that are not unit (YaRN's) are taken as they are. Moves 2 reads and 2 writes forward, 4 and 2
-    backward; backward reads dy, the result and 1/rms (the input in place of the result with a weight
-    or norm_first). fp32 arithmetic (fp64 for fp64), bit-identical from run to run.
+    backward; backward reads dy, the result and 1/rms (the input in place of the result with a
+    weight or norm_first). fp32 arithmetic (fp64 for fp64), bit-identical from run to run.
     ValueError: shape, dtype, device. RuntimeError: the backend cannot run here.
     arXiv 2605.06169: RoPE, then QK-Norm without weights.
     """

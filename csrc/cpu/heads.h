@@ -3,14 +3,15 @@
 // R is the rotation of the pairs (i, i + Dh/2) by theta, or by -theta when inverse:
 //     o1 = x1*cos - x2*sin     o2 = x2*cos + x1*sin
 // Rotation first:  y = w * n,  n = R x * rstd.     Norm first:  y = R (w * n),  n = x * rstd.
-// Tables need not be unit (YaRN scales them, bfloat16 rounds them): |R p|^2 = (cos^2 + sin^2) |p|^2.
-// Backward: g = dy (rotation first) or R^T dy (norm first), dw = sum g*n, g *= w,
+// Tables need not be unit (YaRN scales them, bfloat16 rounds them): |R p|^2 = (cos^2 + sin^2)
+// |p|^2. Backward: g = dy (rotation first) or R^T dy (norm first), dw = sum g*n, g *= w,
 //     d = rstd * (g - n * mean(g*n)),  dx = R^T d (rotation first) or d (norm first).
 // Rotation first and no weight: n is the output, so backward reads dy, y and rstd. Else x is kept.
 //
 // Bytes, in N*H*Dh*sizeof(T) per tensor: forward 2 (x, y), backward 3 (dy, kept, dx). A row of Dh
-// elements is read twice, the second time from L1; a token's cos and sin serve all heads of q and k.
-// Interleaved pairs (2i, 2i+1) are brought into halves in L1 on the way in and back on the way out.
+// elements is read twice, the second time from L1; a token's cos and sin serve all heads of q and
+// k. Interleaved pairs (2i, 2i+1) are brought into halves in L1 on the way in and back on the way
+// out.
 #pragma once
 
 #include "kernels.h"
@@ -75,9 +76,8 @@ class Loaded {
   public:
     Loaded(const T* x, int64_t half) : x_(x), half_(half) {
         if constexpr (C > 0)
-            for_half<T, C>(half, [&](int64_t i, auto n) {
-                pairs_[i / kChunk<T>] = load_pair(x, i, half, n);
-            });
+            for_half<T, C>(
+                half, [&](int64_t i, auto n) { pairs_[i / kChunk<T>] = load_pair(x, i, half, n); });
     }
 
     template <class Count>
@@ -149,8 +149,8 @@ MVSPLIT_ROW void backward_row(const T* dy, const T* y, acc_t<T> rstd, T* dx, con
 
 // Otherwise x is kept and n computed again. `scratch` holds 4*half elements, g and n.
 template <class T, Op op, bool norm_first>
-MVSPLIT_ROW void backward_from_x_row(const T* dy, const T* x, acc_t<T> rstd, T* dx, acc_t<T>* dweight,
-                           acc_t<T>* scratch, const HeadRow<T>& h) {
+MVSPLIT_ROW void backward_from_x_row(const T* dy, const T* x, acc_t<T> rstd, T* dx,
+                                     acc_t<T>* dweight, acc_t<T>* scratch, const HeadRow<T>& h) {
     constexpr bool rotates = op == Op::rope_qk_norm;
     const int64_t half = h.half;
     acc_t<T>*gs = scratch, *ns = scratch + 2 * half;
@@ -168,9 +168,12 @@ MVSPLIT_ROW void backward_from_x_row(const T* dy, const T* x, acc_t<T> rstd, T* 
         k = {k.a * r, k.b * r};
         if (h.weight) {
             const Pair<T> w = load_pair_acc<T>(h.weight, i, half, n);
-            const Pair<T> dw = load_pair_acc<T>(dweight, i, half, n);
-            store_acc<T>(dweight + i, fmadd(g.a, k.a, dw.a), n);
-            store_acc<T>(dweight + half + i, fmadd(g.b, k.b, dw.b), n);
+            acc_t<T>* lost = dweight + 2 * half;
+            for (const auto& [at, term] :
+                 {std::pair{i, g.a * k.a}, std::pair{half + i, g.b * k.b}}) {
+                auto dw = load_compensated<T>(dweight + at, lost + at, n);
+                store_compensated<T>(dweight + at, lost + at, dw += term, n);
+            }
             g = {g.a * w.a, g.b * w.b};
         }
         dots = fmadd(g.a, k.a, fmadd(g.b, k.b, dots));
@@ -243,15 +246,18 @@ std::vector<acc_t<T>> weight_in_halves(const HeadArgs& a, const void* weight) {
     return out;
 }
 
-// f(the C of for_half): full chunks in half a row, for the 16-bit types that training uses.
+// f(the C of for_half): full chunks in half a row, for the type and the instruction sets of
+// training.
 template <class T, class F>
-void with_chunks(int64_t half, const F& f) {
-    const int64_t chunks = half % kChunk<T> ? 0 : half / kChunk<T>;
-    if constexpr (sizeof(T) == 2) {
+void with_chunks([[maybe_unused]] int64_t half, const F& f) {
+#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+    if constexpr (std::is_same_v<T, c10::BFloat16>) {
+        const int64_t chunks = half % kChunk<T> ? 0 : half / kChunk<T>;
         if (chunks == 1) return f(std::integral_constant<int, 1>{});
         if (chunks == 2) return f(std::integral_constant<int, 2>{});
         if (chunks == 4) return f(std::integral_constant<int, 4>{});
     }
+#endif
     f(std::integral_constant<int, 0>{});
 }
 
@@ -293,10 +299,11 @@ void forward(const HeadArgs& a) {
 template <class T, Op op, bool norm_first, int C>
 void backward_chunked(const HeadArgs& a) {
     const int64_t N = a.B * a.T, rows = rows_per_task(N), tasks = at::divup(N, rows);
-    std::vector<acc_t<T>> weights[2], partials[2];  // partials: one row of dweight per task
+    std::vector<acc_t<T>> weights[2],
+        partials[2];  // partials: dweight and its compensation per task
     for (int i = 0; i < a.count; ++i) {
         weights[i] = weight_in_halves<T>(a, a.parts[i].weight);
-        if (a.parts[i].weight) partials[i].assign(tasks * a.Dh, 0);
+        if (a.parts[i].weight) partials[i].assign(tasks * 2 * a.Dh, 0);
     }
     for_token_tasks(N, rows, [&](int64_t begin, int64_t end, int64_t task) {
         TokenTables<T> tables(a);
@@ -312,7 +319,7 @@ void backward_chunked(const HeadArgs& a) {
                 const T* kept = static_cast<const T*>(p.kept.data) + row * p.kept.stride;
                 T* dx = static_cast<T*>(p.out.data) + row * p.out.stride;
                 const auto* rstd = static_cast<const acc_t<T>*>(p.rstd) + row * p.heads;
-                acc_t<T>* dweight = p.weight ? partials[i].data() + task * a.Dh : nullptr;
+                acc_t<T>* dweight = p.weight ? partials[i].data() + task * 2 * a.Dh : nullptr;
                 h.weight = p.weight ? weights[i].data() : nullptr;
                 const auto one_row = [&](const T* g, const T* k, T* d, acc_t<T> r) {
                     if (h.weight || norm_first)
@@ -336,7 +343,7 @@ void backward_chunked(const HeadArgs& a) {
     for (int i = 0; i < a.count; ++i) {
         if (!a.parts[i].weight) continue;
         std::vector<acc_t<T>> total(a.Dh, 0);
-        add_rows(total.data(), partials[i].data(), tasks, a.Dh, a.Dh);
+        add_rows<T>(total.data(), partials[i].data(), tasks, 2 * a.Dh, a.Dh);
         auto* out = static_cast<acc_t<T>*>(a.parts[i].dweight);
         if (a.rotation.interleaved)
             to_pairs(total.data(), out, a.Dh / 2);

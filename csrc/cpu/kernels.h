@@ -1,5 +1,6 @@
 // What a CPU kernel takes and where it is found. The kernels themselves are compiled once per
-// instruction set (setup.py: DEFAULT, AVX2, AVX512); `kernels()` in module.cpp picks one at run time.
+// instruction set (setup.py: DEFAULT, AVX2, AVX512); `kernels()` in module.cpp picks one at run
+// time.
 //
 // B batch, T tokens, D width, H heads, Dh head width, F SwiGLU width, S segments, N = B*T.
 // Pointers are void because every kernel serves float, bfloat16, half and double; "acc" says that
@@ -20,7 +21,8 @@ struct Rows {
 
 // Rotation of pairs, common to rope and rope_qk_norm. Tables are acc.
 struct Rotation {
-    const void* cos = nullptr;  // [.., T, Dh/2], row of token t of sample b at b*batch_stride + t*row_stride
+    const void* cos =
+        nullptr;  // [.., T, Dh/2], row of token t of sample b at b*batch_stride + t*row_stride
     const void* sin = nullptr;
     int64_t batch_stride = 0;
     int64_t row_stride = 0;
@@ -30,9 +32,9 @@ struct Rotation {
 
 // One of q and k: heads of a token lie side by side in a row.
 struct Heads {
-    Rows in;      // forward: x.  backward: dy
-    Rows kept;    // backward: x with a weight or norm first, else y
-    Rows out;     // forward: y.  backward: dx
+    Rows in;    // forward: x.  backward: dy
+    Rows kept;  // backward: x with a weight or norm first, else y
+    Rows out;   // forward: y.  backward: dx
     int64_t heads = 0;
     const void* weight = nullptr;  // acc [Dh] or null
     void* rstd = nullptr;          // acc [N, heads]
@@ -49,17 +51,17 @@ struct HeadArgs {
 };
 
 struct SwigluArgs {
-    Rows x;   // [N, 2F]
-    Rows dy;  // [N, F], backward only
-    Rows out; // forward [N, F], backward [N, 2F]
+    Rows x;    // [N, 2F]
+    Rows dy;   // [N, F], backward only
+    Rows out;  // forward [N, F], backward [N, 2F]
     int64_t N = 0, F = 0;
 };
 
 // MV-Split and plain residual merges; activations are contiguous [N, D].
 struct MergeArgs {
-    const void* x = nullptr;       // null in a backward without weight
+    const void* x = nullptr;  // null in a backward that reads y
     const void* f = nullptr;
-    const void* y = nullptr;       // backward without weight
+    const void* y = nullptr;  // backward of a merge whose n is y
     const void* dy = nullptr;
     const void* alpha = nullptr;   // acc [D]
     const void* beta = nullptr;    // acc [D]; the `scale` of residual_rmsnorm, null for 1
@@ -69,10 +71,10 @@ struct MergeArgs {
     void* jx = nullptr;            // acc [B, S, D]
     void* jf = nullptr;            // acc [B, S, D]
     void* dx = nullptr;
-    void* df = nullptr;            // null when scale is null: df is dx
-    void* dalpha = nullptr;        // acc [D], zero on entry
-    void* dbeta = nullptr;         // acc [D], zero on entry
-    void* dweight = nullptr;       // acc [D], zero on entry
+    void* df = nullptr;       // null when scale is null: df is dx
+    void* dalpha = nullptr;   // acc [D], zero on entry
+    void* dbeta = nullptr;    // acc [D], zero on entry
+    void* dweight = nullptr;  // acc [D], zero on entry
     int64_t B = 0, T = 0, D = 0;
     const int64_t* segments = nullptr;
     int64_t S = 0;

@@ -32,8 +32,8 @@ Acc<T> merged(const T* x, const T* f, const RowParams<T>& p, int64_t i, Count n)
 
 // One row forward; returns rstd. `scratch` holds D elements of z in L1 between the two sweeps.
 template <class T, bool has_beta, bool has_m>
-MVSPLIT_ROW acc_t<T> forward_row(const T* x, const T* f, T* y, const RowParams<T>& p, acc_t<T>* scratch,
-                     int64_t D, double eps) {
+MVSPLIT_ROW acc_t<T> forward_row(const T* x, const T* f, T* y, const RowParams<T>& p,
+                                 acc_t<T>* scratch, int64_t D, double eps) {
     Acc<T> squares(0);
     for_chunks<T>(D, [&](int64_t i, auto n) {
         const Acc<T> z = merged<T, has_beta, has_m>(x, f, p, i, n);
@@ -50,9 +50,9 @@ MVSPLIT_ROW acc_t<T> forward_row(const T* x, const T* f, T* y, const RowParams<T
     return rstd;
 }
 
-// Where a row's n comes from: y without a weight (x is not needed), z*rstd with one (y / weight would
-// divide by zero where a weight is zero).
-template <class T, bool has_beta, bool has_m, bool has_weight>
+// Where a row's n comes from: z*rstd computed again from x and f, or y, where there is no weight (y
+// / weight would divide by zero).
+template <class T, bool has_beta, bool has_m, bool from_x>
 struct Normalised {
     const T* kept;  // y, or x
     const T* f;
@@ -60,7 +60,7 @@ struct Normalised {
 
     template <class Count>
     Acc<T> operator()(const RowParams<T>& p, int64_t i, Count n) const {
-        if constexpr (has_weight)
+        if constexpr (from_x)
             return merged<T, has_beta, has_m>(kept, f, p, i, n) * Acc<T>(rstd);
         else
             return load(kept + i, n);

@@ -1,13 +1,14 @@
-// MV-Split residual with RMSNorm (arXiv 2605.06169):  z = x + beta * P f + alpha * J (f - x),  y = RMSNorm(z)
-// J is the token mean of a segment, P = I - J. With jx, jf the means of a segment of Ts tokens:
-//     z = x + beta*f + m,  m = (alpha - beta)*jf - alpha*jx                       (m: once per segment)
-//     dx = dz - alpha*jdz     df = beta*dz + (alpha - beta)*jdz     jdz = mean_t dz
-//     dalpha = sum Ts*jdz*(jf - jx)     dbeta = sum (sum_t dz*f - Ts*jdz*jf)
-// Bytes, in N*D*sizeof(T): forward must move 3 (x, f, y), backward 5 (f, dy, y, dx, df; x in place of y
-// with a weight). Both sweep twice, statistics and then apply, over a wave of samples whose tensors
-// fit the cores' own caches, so the second sweep reads no memory.
-// A task is 32 tokens of one segment, whatever the number of threads; its column sums are one partial
-// row and partial rows are added in a fixed order: every result is bit-identical from run to run.
+// MV-Split residual with RMSNorm (arXiv 2605.06169):  z = x + beta * P f + alpha * J (f - x),  y =
+// RMSNorm(z) J is the token mean of a segment, P = I - J. With jx, jf the means of a segment of Ts
+// tokens:
+//     z = x + beta*f + m,  m = (alpha - beta)*jf - alpha*jx                       (m: once per
+//     segment) dx = dz - alpha*jdz     df = beta*dz + (alpha - beta)*jdz     jdz = mean_t dz dalpha
+//     = sum Ts*jdz*(jf - jx)     dbeta = sum (sum_t dz*f - Ts*jdz*jf)
+// Bytes, in N*D*sizeof(T): forward must move 3 (x, f, y), backward 5 (f, dy, y, dx, df; x in place
+// of y with a weight). Both sweep twice, statistics and then apply, over a wave of samples whose
+// tensors fit the cores' own caches, so the second sweep reads no memory. A task is 32 tokens of
+// one segment, whatever the number of threads; its column sums are one partial row and partial rows
+// are added in a fixed order: every result is bit-identical from run to run.
 #include "merge.h"
 
 MVSPLIT_KERNELS_BEGIN
@@ -16,7 +17,7 @@ namespace {
 
 constexpr int64_t kTaskTokens = 32;
 constexpr int64_t kCacheBytes = 1 << 20;  // a core's own L2: 1 to 2 MiB on today's servers
-constexpr int kGroup = 4;  // rows that share one load and store of the column sums
+constexpr int kGroup = 4;                 // rows that share one load and store of the column sums
 
 struct Task {
     int64_t segment, begin, end;  // tokens of a sample
@@ -65,16 +66,6 @@ Acc<T> column_sum(const acc_t<T>* partials, int64_t begin, int64_t end, int64_t 
     return total;
 }
 
-// columns [begin, end) in chunks, for loops that are split over D
-template <class T, class F>
-void for_columns(int64_t D, const F& f) {
-    at::parallel_for(0, at::divup(D, kChunk<T>), 1, [&](int64_t begin, int64_t end) {
-        const int64_t d0 = begin * kChunk<T>;
-        for_chunks<T>(std::min(D, end * kChunk<T>) - d0,
-                      [&](int64_t i, auto n) { f(d0 + i, n); });
-    });
-}
-
 template <class T>
 struct Views {
     using A = acc_t<T>;
@@ -82,11 +73,16 @@ struct Views {
     const A *alpha, *beta, *weight;
     A *rstd, *jx, *jf;
     Views(const MergeArgs& a)
-        : x(static_cast<const T*>(a.x)), f(static_cast<const T*>(a.f)),
-          y(static_cast<const T*>(a.y)), dy(static_cast<const T*>(a.dy)),
-          alpha(static_cast<const A*>(a.alpha)), beta(static_cast<const A*>(a.beta)),
-          weight(static_cast<const A*>(a.weight)), rstd(static_cast<A*>(a.rstd)),
-          jx(static_cast<A*>(a.jx)), jf(static_cast<A*>(a.jf)) {}
+        : x(static_cast<const T*>(a.x)),
+          f(static_cast<const T*>(a.f)),
+          y(static_cast<const T*>(a.y)),
+          dy(static_cast<const T*>(a.dy)),
+          alpha(static_cast<const A*>(a.alpha)),
+          beta(static_cast<const A*>(a.beta)),
+          weight(static_cast<const A*>(a.weight)),
+          rstd(static_cast<A*>(a.rstd)),
+          jx(static_cast<A*>(a.jx)),
+          jf(static_cast<A*>(a.jf)) {}
 };
 
 // Column sums of x and f over rows [begin, end), into sums[0..D) and sums[D..2D).
@@ -95,12 +91,12 @@ MVSPLIT_ROW void sum_columns(const T* x, const T* f, int64_t rows, int64_t D, ac
     for (int64_t r = 0; r < rows; r += kGroup, x += kGroup * D, f += kGroup * D) {
         const int64_t count = std::min<int64_t>(kGroup, rows - r);
         for_chunks<T>(D, [&](int64_t i, auto n) {
-            Acc<T> sx(0), sf(0);
-            if (r > 0) sx = load_acc<T>(sums + i, n), sf = load_acc<T>(sums + D + i, n);
+            Acc<T> sx(0), sf(0);  // of the group first: sums of sums lose less
             for (int64_t k = 0; k < count; ++k) {
                 sx = sx + load(x + k * D + i, n);
                 sf = sf + load(f + k * D + i, n);
             }
+            if (r > 0) sx = sx + load_acc<T>(sums + i, n), sf = sf + load_acc<T>(sums + D + i, n);
             store_acc<T>(sums + i, sx, n);
             store_acc<T>(sums + D + i, sf, n);
         });
@@ -153,11 +149,11 @@ void forward(const MergeArgs& a) {
     });
 }
 
-// First backward sweep over the rows of one task: mean_d(g*n) of each row, and the column sums of dz,
-// dz*f and, with a weight, dy*n.
+// First backward sweep over the rows of one task: mean_d(g*n) of each row, and the column sums of
+// dz, dz*f and, with a weight, dy*n.
 template <class T, bool has_weight>
-MVSPLIT_ROW void sum_gradients(const Views<T>& v, const RowParams<T>& p, int64_t begin, int64_t end, int64_t D,
-                   acc_t<T>* means, acc_t<T>* sums) {
+MVSPLIT_ROW void sum_gradients(const Views<T>& v, const RowParams<T>& p, int64_t begin, int64_t end,
+                               int64_t D, acc_t<T>* means, acc_t<T>* sums) {
     using Norm = Normalised<T, true, true, has_weight>;
     const T* kept = has_weight ? v.x : v.y;
     for (int64_t row = begin; row < end; row += kGroup) {
@@ -172,10 +168,6 @@ MVSPLIT_ROW void sum_gradients(const Views<T>& v, const RowParams<T>& p, int64_t
         }
         for_chunks<T>(D, [&](int64_t i, auto n) {
             Acc<T> sdz(0), sdzf(0), sdyn(0);
-            if (row > begin) {
-                sdz = load_acc<T>(sums + i, n), sdzf = load_acc<T>(sums + D + i, n);
-                if constexpr (has_weight) sdyn = load_acc<T>(sums + 2 * D + i, n);
-            }
             for (int k = 0; k < count; ++k) {
                 const int64_t at = (row + k) * D;
                 const Acc<T> nk = norm[k](p, i, n);
@@ -184,13 +176,18 @@ MVSPLIT_ROW void sum_gradients(const Views<T>& v, const RowParams<T>& p, int64_t
                 sdzf = fmadd(d, load(v.f + at + i, n), sdzf);
                 if constexpr (has_weight) sdyn = fmadd(load(v.dy + at + i, n), nk, sdyn);
             }
+            if (row > begin) {
+                sdz = sdz + load_acc<T>(sums + i, n), sdzf = sdzf + load_acc<T>(sums + D + i, n);
+                if constexpr (has_weight) sdyn = sdyn + load_acc<T>(sums + 2 * D + i, n);
+            }
             store_acc<T>(sums + i, sdz, n), store_acc<T>(sums + D + i, sdzf, n);
             if constexpr (has_weight) store_acc<T>(sums + 2 * D + i, sdyn, n);
         });
     }
 }
 
-// What the second sweep adds to every row of a segment: to_dx = alpha*jdz, to_df = (alpha - beta)*jdz.
+// What the second sweep adds to every row of a segment: to_dx = alpha*jdz, to_df = (alpha -
+// beta)*jdz.
 template <class T>
 struct Shifts {
     const acc_t<T>*to_dx, *to_df;
@@ -198,7 +195,8 @@ struct Shifts {
 
 template <class T, bool has_weight>
 MVSPLIT_ROW void apply_gradients(const Views<T>& v, const RowParams<T>& p, const Shifts<T>& shifts,
-                     int64_t begin, int64_t end, int64_t D, const acc_t<T>* means, T* dx, T* df) {
+                                 int64_t begin, int64_t end, int64_t D, const acc_t<T>* means,
+                                 T* dx, T* df) {
     for (int64_t row = begin; row < end; ++row) {
         const Normalised<T, true, true, has_weight> norm{(has_weight ? v.x : v.y) + row * D,
                                                          v.f + row * D, v.rstd[row]};
@@ -221,8 +219,9 @@ void backward(const MergeArgs& a) {
     const int64_t wave = std::min(plan.wave, a.B);
     std::vector<A> partials(wave * plan.count() * width), means(a.B * a.T);
     std::vector<A> m(has_weight ? wave * a.S * D : 0), shift(wave * a.S * 2 * D);
-    auto *dalpha = static_cast<A*>(a.dalpha), *dbeta = static_cast<A*>(a.dbeta);
-    auto* dweight = static_cast<A*>(a.dweight);
+    A* const out[3] = {static_cast<A*>(a.dalpha), static_cast<A*>(a.dbeta),
+                       static_cast<A*>(a.dweight)};
+    std::vector<A> lost(width + D);  // the compensations of the three, from wave to wave
     const auto params = [&](int64_t unit) {
         return RowParams<T>{v.beta, has_weight ? &m[unit * D] : nullptr, v.weight};
     };
@@ -238,7 +237,9 @@ void backward(const MergeArgs& a) {
         });
         for_columns<T>(D, [&](int64_t d, auto n) {
             const Acc<T> alpha = load_acc<T>(v.alpha + d, n), beta = load_acc<T>(v.beta + d, n);
-            Acc<T> da = load_acc<T>(dalpha + d, n), db = load_acc<T>(dbeta + d, n);
+            Compensated<T> total[3];
+            for (int i = 0; i < (has_weight ? 3 : 2); ++i)
+                total[i] = load_compensated<T>(out[i] + d, &lost[i * D + d], n);
             for (int64_t u = 0; u < units; ++u) {
                 const int64_t base = u / a.S * plan.count(), s = u % a.S;
                 const int64_t first = base + plan.first[s], last = base + plan.first[s + 1];
@@ -247,17 +248,15 @@ void backward(const MergeArgs& a) {
                 const Acc<T> jx = load_acc<T>(v.jx + (b0 * a.S + u) * D + d, n);
                 const Acc<T> jf = load_acc<T>(v.jf + (b0 * a.S + u) * D + d, n);
                 const Acc<T> jdz = sdz / Acc<T>(static_cast<A>(a.segments[s]));
-                da = da + sdz * (jf - jx);
-                db = db + (sdzf - sdz * jf);
+                total[0] += sdz * (jf - jx);
+                total[1] += sdzf - sdz * jf;
+                if constexpr (has_weight)
+                    total[2] += column_sum<T>(&partials[2 * D], first, last, width, d, n);
                 store_acc<T>(&shift[u * 2 * D + d], alpha * jdz, n);
                 store_acc<T>(&shift[(u * 2 + 1) * D + d], (alpha - beta) * jdz, n);
-                if constexpr (has_weight)
-                    store_acc<T>(dweight + d,
-                                 load_acc<T>(dweight + d, n) +
-                                     column_sum<T>(&partials[2 * D], first, last, width, d, n),
-                                 n);
             }
-            store_acc<T>(dalpha + d, da, n), store_acc<T>(dbeta + d, db, n);
+            for (int i = 0; i < (has_weight ? 3 : 2); ++i)
+                store_compensated<T>(out[i] + d, &lost[i * D + d], total[i], n);
         });
         for_tasks(plan, b0, b1, [&](int64_t b, int64_t in_wave, const Task& t, int64_t) {
             const int64_t unit = in_wave * a.S + t.segment;

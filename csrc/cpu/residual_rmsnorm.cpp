@@ -1,8 +1,10 @@
 // y = RMSNorm(x + scale * f): the residual merges that MV-Split is compared with.
 //     dx = dz     df = scale * dz     dscale = sum dz * f
-// Bytes, in N*D*sizeof(T): forward must move 3 (x, f, y); backward 3 without a scale (dy, y, dx, which
-// is df too), 5 with one (f and df as well), and with a weight x in place of y. A row is read twice,
-// the second time from L1. A task's parameter gradients are one partial row, added in a fixed order.
+// Bytes, in N*D*sizeof(T): forward must move 3 (x, f, y); backward 3 for a plain residual (dy, y,
+// dx, which is df too), 5 with a scale (dy, x, f, dx, df), 4 with a weight alone (dy, x, f, dx).
+// With a scale f is read in any case, and x beside it gives n to full precision at no further cost.
+// A row is read twice, the second time from L1. A task's parameter gradients are one partial row,
+// added in a fixed order.
 #include "merge.h"
 
 MVSPLIT_KERNELS_BEGIN
@@ -23,27 +25,33 @@ void forward(const MergeArgs& a) {
     });
 }
 
+// `sums` holds dscale and dweight, as far as there is a scale and a weight, each with its
+// compensation.
 template <class T, bool has_scale, bool has_weight>
-MVSPLIT_ROW void backward_row(const MergeArgs& a, const RowParams<T>& p, int64_t r, acc_t<T>* dscale,
-                  acc_t<T>* dweight) {
+MVSPLIT_ROW void backward_row(const MergeArgs& a, const RowParams<T>& p, int64_t r,
+                              acc_t<T>* sums) {
+    constexpr bool from_x = has_scale || has_weight;
     const int64_t D = a.D;
     const auto* dy = static_cast<const T*>(a.dy) + r * D;
     const auto* f = a.f ? static_cast<const T*>(a.f) + r * D : nullptr;
-    const auto* kept = static_cast<const T*>(has_weight ? a.x : a.y) + r * D;
+    const auto* kept = static_cast<const T*>(from_x ? a.x : a.y) + r * D;
     auto* dx = static_cast<T*>(a.dx) + r * D;
     const acc_t<T> rstd = static_cast<const acc_t<T>*>(a.rstd)[r];
-    const Normalised<T, has_scale, false, has_weight> norm{kept, f, rstd};
+    const Normalised<T, has_scale, false, from_x> norm{kept, f, rstd};
     const Dz<T> dz(rstd, mean_dot<T, has_weight>(dy, norm, p, D));
+    const auto add = [D](acc_t<T>* sum, int64_t i, const Acc<T>& term, auto n) {
+        auto total = load_compensated<T>(sum + i, sum + D + i, n);
+        store_compensated<T>(sum + i, sum + D + i, total += term, n);
+    };
     for_chunks<T>(D, [&](int64_t i, auto n) {
         const Acc<T> nr = norm(p, i, n);
         const Acc<T> d = dz(weighted<T, has_weight>(dy, p, i, n), nr);
         store(dx + i, d, n);
         if constexpr (has_scale) {
             store(static_cast<T*>(a.df) + r * D + i, d * load_acc<T>(p.beta + i, n), n);
-            store_acc<T>(dscale + i, fmadd(d, load(f + i, n), load_acc<T>(dscale + i, n)), n);
+            add(sums, i, d * load(f + i, n), n);
         }
-        if constexpr (has_weight)
-            store_acc<T>(dweight + i, fmadd(load(dy + i, n), nr, load_acc<T>(dweight + i, n)), n);
+        if constexpr (has_weight) add(sums + 2 * D * has_scale, i, load(dy + i, n) * nr, n);
     });
 }
 
@@ -52,20 +60,18 @@ void backward(const MergeArgs& a) {
     using A = acc_t<T>;
     const int64_t N = a.B * a.T, D = a.D, rows = rows_per_task(N), tasks = at::divup(N, rows);
     const RowParams<T> p{static_cast<const A*>(a.beta), nullptr, static_cast<const A*>(a.weight)};
-    constexpr int64_t sums = has_scale + has_weight;
+    constexpr int64_t sums = 2 * (has_scale + has_weight);
     std::vector<A> partials(tasks * sums * D, 0);
     at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) {
-            A* dscale = partials.data() + task * sums * D;
-            A* dweight = dscale + has_scale * D;
+        for (int64_t task = begin; task < end; ++task)
             for (int64_t r = task * rows; r < std::min(N, (task + 1) * rows); ++r)
-                backward_row<T, has_scale, has_weight>(a, p, r, dscale, dweight);
-        }
+                backward_row<T, has_scale, has_weight>(a, p, r, &partials[0] + task * sums * D);
     });
-    if (has_scale)
-        add_rows(static_cast<A*>(a.dbeta), partials.data(), tasks, sums * D, D);
-    if (has_weight)
-        add_rows(static_cast<A*>(a.dweight), partials.data() + has_scale * D, tasks, sums * D, D);
+    const auto total = [&](void* out, int64_t which) {
+        add_rows<T>(static_cast<A*>(out), &partials[0] + which * 2 * D, tasks, sums * D, D);
+    };
+    if (has_scale) total(a.dbeta, 0);
+    if (has_weight) total(a.dweight, has_scale);
 }
 
 }  // namespace

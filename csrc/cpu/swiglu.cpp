@@ -76,7 +76,8 @@ T* row_of(const Rows& rows, int64_t r) {
 void swiglu_fwd(const SwigluArgs& a, c10::ScalarType dtype) {
     dispatch(dtype, [&](auto t) {
         using T = decltype(t);
-        for_rows<T>(a, [&](int64_t r) { forward_row(row_of<T>(a.x, r), row_of<T>(a.out, r), a.F); });
+        for_rows<T>(a,
+                    [&](int64_t r) { forward_row(row_of<T>(a.x, r), row_of<T>(a.out, r), a.F); });
     });
 }
 

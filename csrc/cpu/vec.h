@@ -1,7 +1,7 @@
 // Vectors with a wide accumulator: what every CPU kernel is written in.
 //
-// A chunk is one hardware vector of the storage type T (32 bfloat16 with AVX-512); in registers it is
-// Acc<T>, the same lanes in float (double for double), in one or two hardware vectors.
+// A chunk is one hardware vector of the storage type T (32 bfloat16 with AVX-512); in registers it
+// is Acc<T>, the same lanes in float (double for double), in one or two hardware vectors.
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>  // before functional.h: the two include each other
@@ -24,8 +24,8 @@
     }                       \
     }
 
-// A function that sweeps a row has everything it calls inlined: vectors that cross a call go through
-// memory, which costs the rotation half its speed.
+// A function that sweeps a row has everything it calls inlined: vectors that cross a call go
+// through memory, which costs the rotation half its speed.
 #define MVSPLIT_ROW [[gnu::flatten]]
 
 MVSPLIT_KERNELS_BEGIN
@@ -71,7 +71,8 @@ inline Acc<T> load(const T* p, Count n) {
     } else if constexpr (kParts<T> == 1) {
         return Acc<T>(V::loadu(p));
     } else {
-        // Half a chunk at a time: the conversion takes its operand from memory, nothing is shuffled.
+        // Half a chunk at a time: the conversion takes its operand from memory, nothing is
+        // shuffled.
         Acc<T> a;
         load_half_chunk(p, a[0]);
         load_half_chunk(p + kChunk<T> / 2, a[1]);
@@ -85,7 +86,8 @@ inline vec::Vectorized<T> round_to(const Acc<T>& a) {
     if constexpr (kParts<T> == 1) return a[0];
 #ifdef __AVX512BF16__
     else if constexpr (std::is_same_v<T, c10::BFloat16>)
-        return (__m512i)_mm512_cvtne2ps_pbh(a[1], a[0]);  // 1 instruction, where rounding by hand is 20
+        return (__m512i)_mm512_cvtne2ps_pbh(a[1],
+                                            a[0]);  // 1 instruction, where rounding by hand is 20
 #endif
     else
         return vec::convert<T, 1, float, 2>(a);
@@ -135,25 +137,66 @@ inline acc_t<T> sum(const Acc<T>& a) {
 template <class F>
 inline void dispatch(c10::ScalarType dtype, const F& f) {
     switch (dtype) {
-        case c10::ScalarType::Float: return f(float{});
-        case c10::ScalarType::BFloat16: return f(c10::BFloat16{});
-        case c10::ScalarType::Half: return f(c10::Half{});
-        case c10::ScalarType::Double: return f(double{});
-        default: TORCH_CHECK(false, "mvsplit_ops: no CPU kernel for dtype ", toString(dtype));
+        case c10::ScalarType::Float:
+            return f(float{});
+        case c10::ScalarType::BFloat16:
+            return f(c10::BFloat16{});
+        case c10::ScalarType::Half:
+            return f(c10::Half{});
+        case c10::ScalarType::Double:
+            return f(double{});
+        default:
+            TORCH_CHECK(false, "mvsplit_ops: no CPU kernel for dtype ", toString(dtype));
     }
 }
 
-// How many rows one task takes when every row's result goes into a parameter gradient. It depends on
-// the shape alone, so the order of every sum is the same whatever the number of threads; at most 256
-// partial rows exist, and a partial row is written once for at least 32 rows read.
+// How many rows one task takes when every row's result goes into a parameter gradient. It depends
+// on the shape alone, so the order of every sum is the same whatever the number of threads; at most
+// 256 partial rows exist, and a partial row is written once for at least 32 rows read.
 inline int64_t rows_per_task(int64_t rows) { return std::max<int64_t>(32, at::divup(rows, 256)); }
 
-// out[d] += partials[0][d] + partials[1][d] + ..., in that order.
-template <class A>
-inline void add_rows(A* out, const A* partials, int64_t count, int64_t stride, int64_t width) {
-    at::parallel_for(0, width, 64, [&](int64_t begin, int64_t end) {
-        for (int64_t r = 0; r < count; ++r)
-            for (int64_t d = begin; d < end; ++d) out[d] += partials[r * stride + d];
+// A sum and its compensation (Kahan): as exact as eager's pairwise sums, however many values are
+// added one after the other.
+template <class T>
+struct Compensated {
+    Acc<T> sum, lost;
+
+    Compensated& operator+=(const Acc<T>& v) {
+        const Acc<T> corrected = v - lost, total = sum + corrected;
+        lost = (total - sum) - corrected;
+        sum = total;
+        return *this;
+    }
+};
+
+template <class T, class Count>
+inline Compensated<T> load_compensated(const acc_t<T>* sum, const acc_t<T>* lost, Count n) {
+    return {load_acc<T>(sum, n), load_acc<T>(lost, n)};
+}
+
+template <class T, class Count>
+inline void store_compensated(acc_t<T>* sum, acc_t<T>* lost, const Compensated<T>& c, Count n) {
+    store_acc<T>(sum, c.sum, n);
+    store_acc<T>(lost, c.lost, n);
+}
+
+// Splits columns [0, D) over the threads: f(column, how many) for each chunk.
+template <class T, class F>
+void for_columns(int64_t D, const F& f) {
+    at::parallel_for(0, at::divup(D, kChunk<T>), 1, [&](int64_t begin, int64_t end) {
+        const int64_t d0 = begin * kChunk<T>;
+        for_chunks<T>(std::min(D, end * kChunk<T>) - d0, [&](int64_t i, auto n) { f(d0 + i, n); });
+    });
+}
+
+// out[d] = partials[0][d] + partials[1][d] + ..., in that order.
+template <class T>
+inline void add_rows(acc_t<T>* out, const acc_t<T>* partials, int64_t count, int64_t stride,
+                     int64_t width) {
+    for_columns<T>(width, [&](int64_t d, auto n) {
+        Compensated<T> total{Acc<T>(0), Acc<T>(0)};
+        for (int64_t r = 0; r < count; ++r) total += load_acc<T>(partials + r * stride + d, n);
+        store_acc<T>(out + d, total.sum, n);
     });
 }
 

@@ -1,0 +1,48 @@
+# make profile   the operator profile on this machine        make test   the tests
+# Each sets up what it needs in .venv once: Python 3.10 to 3.13, a C++ compiler, and pip are all it takes.
+# Choose the interpreter or the torch: make test PYTHON=python3.12 TORCH=torch==2.11.0
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(abspath $(VENV))/bin
+export PATH := $(BIN):$(PATH)
+
+SOURCES := $(shell find csrc -type f) setup.py
+
+.PHONY: profile test lint format report clean
+
+profile: $(VENV)/built
+	$(BIN)/python -m bench profile
+
+test: $(VENV)/built
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+format: $(VENV)/built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+report: $(VENV)/built
+	$(BIN)/python -m bench report
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -c "import sys; v = sys.version_info[:2]; assert (3, 10) <= v <= (3, 13), \
+	    f'Python 3.10 to 3.13 is needed, {sys.executable} is {v}; pass PYTHON=python3.12, say'"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet '$(TORCH)' setuptools wheel ninja pybind11
+	touch $@
+
+# Compiling takes some minutes: the CPU kernels are built for each instruction set.
+$(VENV)/built: $(VENV)/ready $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[bench,test]'
+	touch $@
+
+clean:
+	rm -rf build $(VENV) *.egg-info mvsplit_ops/*.so

@@ -1,0 +1,328 @@
+"""What every operator must pass. A test module subclasses OpSuite and says what its operator is.
+
+A variant is a bench.cases.Case: one way to call the operator (with or without a weight, say), whose
+inputs are (activations and parameters, constants, keyword arguments).
+"""
+
+import contextlib
+import copy
+import math
+import re
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+import mvsplit_ops as mv
+from bench.accuracy import cotangent, double, require_accurate, require_case, results_and_gradients
+from bench.cases import Case, Shape, in_order
+
+ANY_INPUT = settings(max_examples=25, deadline=None, derandomize=True)
+SMALL = Shape(B=2, segments=(5, 1, 3), D=48, H=3, F=20)
+PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def variant(op, inputs, call=in_order, **kwargs):
+    """A way to call an operator; `kwargs` are added to the keyword arguments."""
+
+    def build(shape, generator):
+        activations, constants, given_kwargs = inputs(shape, generator)
+        return activations, constants, {**given_kwargs, **kwargs}
+
+    return Case(op, op, build, fwd=lambda s: math.nan, bwd=lambda s: math.nan, call=call)
+
+
+def make(case, shape=SMALL, seed=0, **changes):
+    shape = Shape(**{**vars(shape), **changes})
+    return case.inputs(shape, torch.Generator().manual_seed(seed))
+
+
+def gradients(function, inputs, cotangent_of):
+    """Gradients when each result t receives cotangent_of(t)."""
+    activations, constants, kwargs = inputs
+    leaves = [t.detach().requires_grad_() for t in activations]
+    outputs = function(leaves, constants, kwargs)
+    return torch.autograd.grad(outputs, leaves, [cotangent_of(t) for t in outputs])
+
+
+def requiring_grad(inputs):
+    activations, constants, kwargs = inputs
+    return [t.detach().requires_grad_() for t in activations], constants, kwargs
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the arguments of every mvsplit op that runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "mvsplit":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+@st.composite
+def shapes(draw, *dtypes):
+    """B, T, D, H, one to four segments, tokens and widths that are a multiple of nothing."""
+    H = draw(st.integers(1, 3))
+    segments = tuple(draw(st.lists(st.integers(1, 70), min_size=1, max_size=4)))
+    return Shape(
+        B=draw(st.integers(1, 3)),
+        segments=segments,
+        D=H * 2 * draw(st.integers(1, 40)),
+        H=H,
+        F=draw(st.integers(1, 90)),
+        dtype=draw(st.sampled_from(dtypes)),
+    )
+
+
+class OpSuite:
+    """Subclasses set `variants`: {name: Case}."""
+
+    variants: dict
+
+    @pytest.fixture
+    def case(self, request):
+        return self.variants[request.param]
+
+    @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+    def test_as_accurate_as_eager(self, case, dtype, capability):
+        require_case(case, f"{dtype} {capability}", case.fused(), make(case, dtype=dtype))
+
+    @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+    def test_as_accurate_as_eager_at_whole_vectors(self, case, dtype, capability):
+        inputs = make(case, dtype=dtype, B=3, segments=(40, 33), D=256, H=2, F=128)
+        require_case(case, f"{dtype} {capability}", case.fused(), inputs)
+
+    def test_gradcheck(self, case, capability):
+        activations, constants, kwargs = double(make(case))
+        leaves = [t.requires_grad_() for t in activations]
+        run = case.fused()
+        assert torch.autograd.gradcheck(lambda *a: run(a, constants, kwargs), leaves)
+
+    def test_any_shape_equals_the_definition(self, case):
+        @given(shape=shapes(torch.float64), seed=st.integers(0, 1000))
+        @ANY_INPUT
+        def run(shape, seed):
+            self._equals_the_definition(case, double(make(case, shape, seed)))
+
+        run()
+
+    def test_any_shape_is_as_accurate_as_eager(self, case):
+        @given(shape=shapes(torch.float32, torch.bfloat16), seed=st.integers(0, 1000))
+        @ANY_INPUT
+        def run(shape, seed):
+            # The rule compares largest errors: among a handful of elements they are luck.
+            assume(shape.T * shape.D >= 1000 and min(shape.D, shape.F) >= 16)
+            require_case(case, str(shape), case.fused(), make(case, shape, seed))
+
+        run()
+
+    def test_float64_equals_the_definition(self, case, capability):
+        self._equals_the_definition(case, double(make(case)))
+
+    def _equals_the_definition(self, case, inputs):
+        got = results_and_gradients(case.fused(), *inputs)
+        exact = results_and_gradients(case.reference, *inputs)
+        for g, e in zip(got[0] + got[1], exact[0] + exact[1], strict=True):
+            assert torch.allclose(g, e, rtol=1e-9, atol=1e-10)
+
+    def test_opcheck(self, case):
+        inputs = make(case, dtype=torch.float32)
+        recorder = Recorder()
+        with recorder:
+            results_and_gradients(case.fused(), *inputs)
+        names = {func.__name__.split(".")[0] for func, _ in recorder.calls}
+        assert names == {f"{case.op}_fwd", f"{case.op}_bwd"}
+        for func, args in recorder.calls:
+            opcheck(func, [t.detach() if isinstance(t, torch.Tensor) else t for t in args])
+        public = []
+        case.call(lambda *a, **k: public.append((a, k)), *requiring_grad(inputs))
+        for args, kwargs in public:
+            opcheck(getattr(torch.ops.mvsplit, case.op).default, args, kwargs)
+
+    def test_torch_ops_is_the_same_op(self, case):
+        activations, constants, kwargs = make(case)
+        public = case.function(getattr(torch.ops.mvsplit, case.op))
+        for a, b in zip(
+            public(activations, constants, kwargs),
+            case.fused()(activations, constants, kwargs),
+            strict=True,
+        ):
+            assert torch.equal(a, b)
+
+    @pytest.mark.parametrize("dynamic", [False, True])
+    def test_compiled_equals_eager(self, case, dynamic):
+        torch.compiler.reset()
+        compiled = torch.compile(case.fused(), fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        for segments in ((5, 1, 3), (7, 2, 3)):
+            inputs = make(case, segments=segments)
+            got = results_and_gradients(compiled, *inputs)
+            eager = results_and_gradients(case.fused(), *inputs)
+            for g, e in zip(got[0] + got[1], eager[0] + eager[1], strict=True):
+                assert torch.equal(g, e)
+
+    def test_inductor_equals_eager(self):
+        case = next(iter(self.variants.values()))
+        torch.compiler.reset()
+        inputs = make(case)
+        got = results_and_gradients(torch.compile(case.fused(), fullgraph=True), *inputs)
+        eager = results_and_gradients(case.fused(), *inputs)
+        for g, e in zip(got[0] + got[1], eager[0] + eager[1], strict=True):
+            assert torch.equal(g, e)
+
+    def test_expanded_gradient(self, case):
+        """out.sum().backward() gives a gradient with strides of zero."""
+        self._same_gradients(case, lambda t: t.new_ones(()).expand(t.shape))
+
+    def test_column_strided_gradient(self, case):
+        def strided(t):
+            wide = cotangent(torch.empty(*t.shape, 2), torch.Generator().manual_seed(1)).to(t.dtype)
+            return wide[..., 0]
+
+        self._same_gradients(case, strided)
+
+    def test_transposed_gradient(self, case):
+        """What scaled_dot_product_attention hands back: (B, H, T, Dh) seen as (B, T, H, Dh)."""
+
+        def transposed(t):
+            g = cotangent(torch.empty(t.shape), torch.Generator().manual_seed(2)).to(t.dtype)
+            dims = (1, 2) if t.dim() > 2 else (0, 1)
+            return g.transpose(*dims).contiguous().transpose(*dims)
+
+        self._same_gradients(case, transposed)
+
+    def _same_gradients(self, case, cotangent_of):
+        inputs = make(case)
+        got = gradients(case.fused(), inputs, cotangent_of)
+        dense = gradients(case.fused(), inputs, lambda t: cotangent_of(t).contiguous())
+        for g, d in zip(got, dense, strict=True):
+            assert torch.equal(g, d)
+
+    def test_strided_inputs(self, case):
+        """Views of a packed projection, and columns of a wider tensor."""
+        activations, constants, kwargs = make(case, dtype=torch.float32)
+        dense = results_and_gradients(case.fused(), activations, constants, kwargs)
+        for view in (
+            lambda t: torch.cat((t, t), -1).narrow(-1, 0, t.shape[-1]) if t.dim() else t,
+            lambda t: torch.stack((t, t), -1)[..., 1],
+        ):
+            leaves = [view(t).detach().requires_grad_() for t in activations]
+            assert all(torch.equal(a, b) for a, b in zip(leaves, activations, strict=True))
+            outputs = case.fused()(leaves, constants, kwargs)
+            g = torch.Generator().manual_seed(0)
+            grads = torch.autograd.grad(outputs, leaves, [cotangent(t, g) for t in outputs])
+            for a, b in zip((*outputs, *grads), dense[0] + dense[1], strict=True):
+                assert torch.equal(a, b)
+
+    def test_bit_identical_from_run_to_run_and_for_any_number_of_threads(self, case, threads):
+        inputs = make(case, B=3, segments=(70, 65), D=96)
+        runs = []
+        for count in (1, 2, 3, 2):
+            threads(count)
+            runs.append(results_and_gradients(case.fused(), *inputs))
+        for run in runs[1:]:
+            for a, b in zip(runs[0][0] + runs[0][1], run[0] + run[1], strict=True):
+                assert torch.equal(a, b)
+
+    def test_empty_batch(self, case):
+        inputs = make(case, B=0)
+        results, grads = results_and_gradients(case.fused(), *inputs)
+        assert all(t.shape[0] == 0 for t in results)
+        for g, t in zip(grads, inputs[0], strict=True):
+            assert g.shape == t.shape and not g.count_nonzero()
+
+    def test_does_not_write_its_inputs(self, case):
+        inputs = make(case)
+        before = copy.deepcopy(inputs)
+        results_and_gradients(case.fused(), *inputs)
+        for a, b in zip(inputs[0] + tuple(inputs[1]), before[0] + tuple(before[1]), strict=True):
+            assert torch.equal(a, b)
+
+    def test_nan_is_not_hidden(self, case):
+        activations, constants, kwargs = make(case)
+        activations[0][..., 0] = math.nan
+        outputs = case.fused()(activations, constants, kwargs)
+        assert outputs[0].isnan().any()
+
+    def test_autocast_casts_activations_alone(self, case):
+        activations, constants, kwargs = make(case, dtype=torch.float32)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = case.fused()(activations, constants, kwargs)
+        expected = case.fused()(
+            [t.bfloat16() if t.dim() > 1 else t for t in activations], constants, kwargs
+        )
+        for a, b in zip(outputs, expected, strict=True):
+            assert a.dtype == torch.bfloat16 and torch.equal(a, b)
+
+    @pytest.mark.parametrize("mode", ["reentrant", "non-reentrant", "selective"])
+    def test_activation_checkpointing(self, case, mode):
+        def policy(ctx, op, *args, **kwargs):
+            cheap = op in mv.recompute_cheap_ops()
+            assert cheap or op.namespace != "mvsplit" or op.__name__.startswith(f"{case.op}_bwd")
+            return torch.utils.checkpoint.CheckpointPolicy(
+                torch.utils.checkpoint.CheckpointPolicy.MUST_RECOMPUTE
+                if cheap
+                else torch.utils.checkpoint.CheckpointPolicy.MUST_SAVE
+            )
+
+        options = {"use_reentrant": mode == "reentrant"}
+        if mode == "selective":
+            options["context_fn"] = lambda: create_selective_checkpoint_contexts(policy)
+        inputs = make(case)
+
+        def checkpointed(activations, constants, kwargs):
+            def run(*a):
+                return case.fused()(a, constants, kwargs)
+
+            return checkpoint(run, *activations, **options)
+
+        got = results_and_gradients(checkpointed, *inputs)
+        plain = results_and_gradients(case.fused(), *inputs)
+        for a, b in zip(got[0] + got[1], plain[0] + plain[1], strict=True):
+            assert torch.equal(a, b)
+
+    def test_second_derivative_is_refused_or_right(self, case):
+        activations, constants, kwargs = double(make(case, B=1, segments=(2, 1)))
+        leaves = [t.requires_grad_() for t in activations]
+        outputs = case.fused()(leaves, constants, kwargs)
+        grads = torch.autograd.grad(
+            sum(t.square().sum() for t in outputs), leaves, create_graph=True
+        )
+        with pytest.raises(RuntimeError, match=f"{case.op}: .*backend='reference'"):
+            torch.autograd.grad(sum(g.sum() for g in grads), leaves)
+        run = case.fused("reference")
+        assert torch.autograd.gradgradcheck(lambda *a: run(a, constants, kwargs), leaves)
+
+    def test_one_input_alone_needs_a_gradient(self, case):
+        activations, constants, kwargs = make(case, dtype=torch.float32)
+
+        def gradient(function, i, tensors, tables):
+            leaves = [t.detach().requires_grad_(j == i) for j, t in enumerate(tensors)]
+            outputs = function(leaves, tables, kwargs)
+            generator = torch.Generator().manual_seed(0)
+            torch.autograd.backward(outputs[0], cotangent(outputs[0], generator))
+            return torch.zeros_like(leaves[i]) if leaves[i].grad is None else leaves[i].grad
+
+        exact_inputs = double((activations, constants, kwargs))
+        for i in range(len(activations)):
+            try:
+                exact = gradient(case.reference, i, *exact_inputs[:2])
+            except RuntimeError:
+                continue  # the first result does not depend on this input
+            got = gradient(case.fused(), i, activations, constants)
+            eager = gradient(case.reference, i, activations, constants)
+            require_accurate(f"{case.op}, input {i} alone", got, eager, exact)
+
+    @contextlib.contextmanager
+    def refuses(self, message, error=ValueError):
+        """One clear error that begins with the op's name and holds `message`."""
+        op = next(iter(self.variants.values())).op
+        with pytest.raises(error, match=f"^{op}: .*{re.escape(message)}"):
+            yield
