@@ -94,7 +94,11 @@ def print_table(profile, console):
     """The profile on a terminal."""
     from rich.table import Table
 
-    table = Table(title="Operators per optimizer step", caption="\n".join(notes(profile)))
+    table = Table(
+        title="Operators per optimizer step",
+        caption="\n".join(notes(profile)),
+        caption_justify="left",
+    )
     for i, name in enumerate(COLUMNS):
         table.add_column(name, justify="left" if i == 0 else "right")
     *rows, total = cells(profile)

@@ -72,7 +72,10 @@ def resolve(op, backend, x):
 @functools.cache  # a call's way to its kernel is one dictionary look-up; an error is not cached
 def kernel(backend, op, suffix, device_type):
     """The function that computes `<op><suffix>` on a backend; RuntimeError says what is missing."""
-    _known(op, backend)
+    if _known(op, backend) == "reference":
+        raise RuntimeError(
+            f"{op}: backend 'reference' is no kernel: call mvsplit_ops.{op} or torch.ops.mvsplit.{op}"
+        )
     reason = missing(backend, op, device_type)
     if reason:
         raise RuntimeError(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mvsplit_ops import _backends
+from mvsplit_ops import _backends, _check
 
 _LIB = torch.library.Library("mvsplit", "DEF")
 
@@ -52,6 +52,7 @@ class Op:
         """Run the operator on fwd's inputs; returns the results alone."""
         backend = _backends.resolve(self.name, backend, inputs[0])
         if backend == "reference":
+            inputs = _cast_for_autocast(self, inputs, inputs[0].device.type)
             self.check(*inputs)
             return self.reference(*inputs)
         outputs = getattr(torch.ops.mvsplit, self.name + "_fwd")(*inputs, backend)
@@ -138,23 +139,27 @@ def _register_autograd(op, fwd, bwd):
     torch.library.register_autograd(f"mvsplit::{bwd}", no_second_derivative, lib=_LIB)
 
 
-def _register_autocast(op, fwd):
-    """Under autocast, activations take autocast's dtype; parameters and tables keep theirs."""
+def _cast_for_autocast(op, inputs, device):
+    """Under autocast, activations take its dtype; parameters and tables keep theirs."""
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return inputs
+    dtype, n = torch.get_autocast_dtype(device), op.activations
 
+    def cast(t):
+        return t if t.dtype not in _check.ACTIVATIONS or t.dtype == torch.float64 else t.to(dtype)
+
+    return (*map(cast, inputs[:n]), *inputs[n:])
+
+
+def _register_autocast(op, fwd):
     def autocast(device_type):
         key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device_type}"))
         kernel = getattr(torch.ops.mvsplit, fwd)
-        device = device_type.lower()
-
-        def cast(t):
-            if t.dtype in (torch.float32, torch.bfloat16, torch.float16):
-                return t.to(torch.get_autocast_dtype(device))
-            return t
 
         def run(*args):
+            args = _cast_for_autocast(op, args, device_type.lower())
             with torch._C._ExcludeDispatchKeyGuard(key):
-                n = op.activations
-                return kernel(*map(cast, args[:n]), *args[n:])
+                return kernel(*args)
 
         return run
 

@@ -260,6 +260,9 @@ class OpSuite:
         )
         for a, b in zip(outputs, expected, strict=True):
             assert a.dtype == torch.bfloat16 and torch.equal(a, b)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = case.fused("reference")(activations, constants, kwargs)
+        assert {t.dtype for t in outputs} == {torch.bfloat16}
 
     @pytest.mark.parametrize("mode", ["reentrant", "non-reentrant", "selective"])
     def test_activation_checkpointing(self, case, mode):

@@ -78,6 +78,11 @@ def test_a_missing_backend_says_what_is_missing(op):
         assert str(error.value).endswith("or pass backend='reference'")
 
 
+def test_the_reference_is_no_kernel():
+    with pytest.raises(RuntimeError, match="swiglu: backend 'reference' is no kernel"):
+        torch.ops.mvsplit.swiglu_fwd(torch.ones(2), "reference")
+
+
 def test_a_backend_refuses_the_tensors_of_another_device():
     with pytest.raises(RuntimeError, match="takes tensors on cpu, not cuda"):
         _backends.kernel("cpu", "rope", "_fwd", "cuda")
