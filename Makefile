@@ -6,6 +6,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip install --quiet
 export PATH := $(BIN):$(PATH)
 
 SOURCES := $(shell find csrc -type f) setup.py
@@ -32,17 +33,19 @@ report: $(VENV)/built
 	$(BIN)/python -m bench report
 
 $(VENV)/ready: pyproject.toml
-	$(PYTHON) -c "import sys; v = sys.version_info[:2]; assert (3, 10) <= v <= (3, 13), \
-	    f'Python 3.10 to 3.13 is needed, {sys.executable} is {v}; pass PYTHON=python3.12, say'"
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet '$(TORCH)' setuptools wheel ninja pybind11
-	touch $@
+	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; \
+	    (3, 10) <= v <= (3, 13) or sys.exit(f'Python 3.10 to 3.13 is needed, {sys.executable} is ' \
+	    f'{v[0]}.{v[1]}; pass another, make PYTHON=python3.12')"
+	@echo "Installing $(TORCH) into $(VENV), once"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade pip
+	@$(PIP) '$(TORCH)' numpy setuptools wheel ninja pybind11
+	@touch $@
 
-# Compiling takes some minutes: the CPU kernels are built for each instruction set.
 $(VENV)/built: $(VENV)/ready $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[bench,test]'
-	touch $@
+	@echo "Compiling the CPU kernels for each instruction set: some minutes, once"
+	@$(PIP) --no-build-isolation --editable '.[bench,test]'
+	@touch $@
 
 clean:
 	rm -rf build $(VENV) *.egg-info mvsplit_ops/*.so

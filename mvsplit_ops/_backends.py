@@ -74,7 +74,8 @@ def kernel(backend, op, suffix, device_type):
     """The function that computes `<op><suffix>` on a backend; RuntimeError says what is missing."""
     if _known(op, backend) == "reference":
         raise RuntimeError(
-            f"{op}: backend 'reference' is no kernel: call mvsplit_ops.{op} or torch.ops.mvsplit.{op}"
+            f"{op}: backend 'reference' is no kernel; "
+            f"call mvsplit_ops.{op} or torch.ops.mvsplit.{op}"
         )
     reason = missing(backend, op, device_type)
     if reason:
