@@ -3,15 +3,15 @@
 // R is the rotation of the pairs (i, i + Dh/2) by theta, or by -theta when inverse:
 //     o1 = x1*cos - x2*sin     o2 = x2*cos + x1*sin
 // Rotation first:  y = w * n,  n = R x * rstd.     Norm first:  y = R (w * n),  n = x * rstd.
-// Tables need not be unit (YaRN scales them, bfloat16 rounds them): |R p|^2 = (cos^2 + sin^2)
-// |p|^2. Backward: g = dy (rotation first) or R^T dy (norm first), dw = sum g*n, g *= w,
+// Tables need not be unit (YaRN scales them, bfloat16 rounds them):
+//     |R p|^2 = (cos^2 + sin^2) |p|^2.
+// Backward: g = dy (rotation first) or R^T dy (norm first), dw = sum g*n, g *= w,
 //     d = rstd * (g - n * mean(g*n)),  dx = R^T d (rotation first) or d (norm first).
 // Rotation first and no weight: n is the output, so backward reads dy, y and rstd. Else x is kept.
 //
 // Bytes, in N*H*Dh*sizeof(T) per tensor: forward 2 (x, y), backward 3 (dy, kept, dx). A row of Dh
-// elements is read twice, the second time from L1; a token's cos and sin serve all heads of q and
-// k. Interleaved pairs (2i, 2i+1) are brought into halves in L1 on the way in and back on the way
-// out.
+// elements is read twice, the second time from L1; a token's cos and sin serve all heads of q, k.
+// Interleaved pairs (2i, 2i+1) are brought into halves in L1 on the way in and back on the way out.
 #pragma once
 
 #include "kernels.h"

@@ -1,6 +1,5 @@
 // What a CPU kernel takes and where it is found. The kernels themselves are compiled once per
-// instruction set (setup.py: DEFAULT, AVX2, AVX512); `kernels()` in module.cpp picks one at run
-// time.
+// instruction set (setup.py); `kernels()` in module.cpp picks one at run time.
 //
 // B batch, T tokens, D width, H heads, Dh head width, F SwiGLU width, S segments, N = B*T.
 // Pointers are void because every kernel serves float, bfloat16, half and double; "acc" says that
@@ -21,10 +20,9 @@ struct Rows {
 
 // Rotation of pairs, common to rope and rope_qk_norm. Tables are acc.
 struct Rotation {
-    const void* cos =
-        nullptr;  // [.., T, Dh/2], row of token t of sample b at b*batch_stride + t*row_stride
+    const void* cos = nullptr;  // row of token t of sample b at b*batch_stride + t*row_stride
     const void* sin = nullptr;
-    int64_t batch_stride = 0;
+    int64_t batch_stride = 0;  // 0 when all samples share a table
     int64_t row_stride = 0;
     bool interleaved = false;
     bool inverse = false;  // rotate by -theta

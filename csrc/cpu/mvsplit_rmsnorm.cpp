@@ -1,14 +1,14 @@
-// MV-Split residual with RMSNorm (arXiv 2605.06169):  z = x + beta * P f + alpha * J (f - x),  y =
-// RMSNorm(z) J is the token mean of a segment, P = I - J. With jx, jf the means of a segment of Ts
-// tokens:
-//     z = x + beta*f + m,  m = (alpha - beta)*jf - alpha*jx                       (m: once per
-//     segment) dx = dz - alpha*jdz     df = beta*dz + (alpha - beta)*jdz     jdz = mean_t dz dalpha
-//     = sum Ts*jdz*(jf - jx)     dbeta = sum (sum_t dz*f - Ts*jdz*jf)
+// MV-Split residual with RMSNorm (arXiv 2605.06169), J the token mean of a segment, P = I - J:
+//     z = x + beta * P f + alpha * J (f - x),  y = z * rstd * weight
+// With jx, jf the means of a segment of Ts tokens, and m computed once for a segment:
+//     m = (alpha - beta)*jf - alpha*jx     z = x + beta*f + m
+//     dx = dz - alpha*jdz     df = beta*dz + (alpha - beta)*jdz     jdz = mean_t dz
+//     dalpha = sum Ts*jdz*(jf - jx)     dbeta = sum (sum_t dz*f - Ts*jdz*jf)
 // Bytes, in N*D*sizeof(T): forward must move 3 (x, f, y), backward 5 (f, dy, y, dx, df; x in place
 // of y with a weight). Both sweep twice, statistics and then apply, over a wave of samples whose
-// tensors fit the cores' own caches, so the second sweep reads no memory. A task is 32 tokens of
-// one segment, whatever the number of threads; its column sums are one partial row and partial rows
-// are added in a fixed order: every result is bit-identical from run to run.
+// tensors fit the cores' own caches, so that the second sweep reads no memory.
+// A task is 32 tokens of one segment, whatever the number of threads; its column sums are one
+// partial row, added in a fixed order: every result is bit-identical from run to run.
 #include "merge.h"
 
 MVSPLIT_KERNELS_BEGIN
@@ -186,8 +186,7 @@ MVSPLIT_ROW void sum_gradients(const Views<T>& v, const RowParams<T>& p, int64_t
     }
 }
 
-// What the second sweep adds to every row of a segment: to_dx = alpha*jdz, to_df = (alpha -
-// beta)*jdz.
+// What the second sweep shifts a segment's rows by: to_dx = alpha*jdz, to_df = (alpha - beta)*jdz.
 template <class T>
 struct Shifts {
     const acc_t<T>*to_dx, *to_df;
@@ -221,7 +220,7 @@ void backward(const MergeArgs& a) {
     std::vector<A> m(has_weight ? wave * a.S * D : 0), shift(wave * a.S * 2 * D);
     A* const out[3] = {static_cast<A*>(a.dalpha), static_cast<A*>(a.dbeta),
                        static_cast<A*>(a.dweight)};
-    std::vector<A> lost(width + D);  // the compensations of the three, from wave to wave
+    std::vector<A> lost(width);  // the compensations of the three, from wave to wave
     const auto params = [&](int64_t unit) {
         return RowParams<T>{v.beta, has_weight ? &m[unit * D] : nullptr, v.weight};
     };

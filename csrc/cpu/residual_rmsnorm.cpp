@@ -25,8 +25,8 @@ void forward(const MergeArgs& a) {
     });
 }
 
-// `sums` holds dscale and dweight, as far as there is a scale and a weight, each with its
-// compensation.
+// `sums` holds dscale where there is a scale and dweight where there is a weight, each followed by
+// its compensation.
 template <class T, bool has_scale, bool has_weight>
 MVSPLIT_ROW void backward_row(const MergeArgs& a, const RowParams<T>& p, int64_t r,
                               acc_t<T>* sums) {
@@ -65,10 +65,10 @@ void backward(const MergeArgs& a) {
     at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task)
             for (int64_t r = task * rows; r < std::min(N, (task + 1) * rows); ++r)
-                backward_row<T, has_scale, has_weight>(a, p, r, &partials[0] + task * sums * D);
+                backward_row<T, has_scale, has_weight>(a, p, r, partials.data() + task * sums * D);
     });
     const auto total = [&](void* out, int64_t which) {
-        add_rows<T>(static_cast<A*>(out), &partials[0] + which * 2 * D, tasks, sums * D, D);
+        add_rows<T>(static_cast<A*>(out), partials.data() + which * 2 * D, tasks, sums * D, D);
     };
     if (has_scale) total(a.dbeta, 0);
     if (has_weight) total(a.dweight, has_scale);
