@@ -112,7 +112,7 @@ def _register_fakes(op, fwd, bwd):
 
 
 def _register_autograd(op, fwd, bwd):
-    def setup_context(ctx, inputs, output):
+    def save(ctx, inputs, output):
         outputs = (output,) if isinstance(output, torch.Tensor) else output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*outputs[op.results :])
@@ -127,16 +127,51 @@ def _register_autograd(op, fwd, bwd):
         # The engine casts a gradient to its parameter's dtype, so bwd may return the accumulator's.
         return (*op.backward(ctx, lambda *a: kernel(*a, ctx.backend), *grads), None)
 
+    def save_nothing(ctx, inputs, output):
+        pass
+
     def no_second_derivative(ctx, *grads):
         raise RuntimeError(
             f"{op.name}: its gradient has no kernel for a second derivative; "
             "pass backend='reference' to differentiate twice"
         )
 
-    torch.library.register_autograd(
-        f"mvsplit::{fwd}", backward, setup_context=setup_context, lib=_LIB
-    )
-    torch.library.register_autograd(f"mvsplit::{bwd}", no_second_derivative, lib=_LIB)
+    for name, *rules in ((fwd, save, backward), (bwd, save_nothing, no_second_derivative)):
+        _LIB.impl(name, _autograd_kernel(name, *rules), "Autograd", with_keyset=True)
+
+
+def _autograd_kernel(name, save, backward):
+    """What torch.library.register_autograd installs, without 30 us a call.
+
+    That spends most of its time looking for arguments that were left at their defaults; kernel ops
+    have no defaults. save(ctx, inputs, output) and backward(ctx, *gradients) are its two functions.
+    """
+    kernel = getattr(torch.ops.mvsplit, name).default
+
+    def below_autograd(keyset, args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return kernel.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            *inputs, keyset = args
+            output = below_autograd(keyset, inputs)
+            save(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return (*backward(ctx, *grads), None)
+
+    Function.__name__ = f"mvsplit_{name}"
+
+    def run(keyset, *args):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return Function.apply(*args, keyset)
+        return below_autograd(keyset, args)
+
+    return run
 
 
 def _cast_for_autocast(op, inputs, device):
