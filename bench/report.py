@@ -134,7 +134,17 @@ def markdown(profile):
     rows = [[c[i] for i in shown] for c in (COLUMNS, *cells(profile))]
     head, *body = ("| " + " | ".join(row) + " |" for row in rows)
     rule = "|" + "|".join([" --- "] + [" ---: "] * (len(shown) - 1)) + "|"
-    return "\n".join([head, rule, *body, "", headline(profile) + ".", "", *notes(profile)])
+    return "\n".join(
+        [
+            head,
+            rule,
+            *body,
+            "",
+            headline(profile) + ".",
+            "",
+            *(f"- {note}" for note in notes(profile)),
+        ]
+    )
 
 
 def readme_section():
