@@ -95,6 +95,8 @@ def profile(args):
 
 
 def _usable(device):
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device: must be cpu, cuda or cuda:N, got {device!r}")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

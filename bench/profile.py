@@ -86,7 +86,7 @@ def measure(shape, blocks=400, repeats=30, backend=None, progress=lambda what, o
     RuntimeError: the backend cannot run here.
     """
     keep_freed_memory()
-    backend = backend or _backends.DEFAULTS[torch.device(shape.device).type]
+    backend = _usable_backend(backend, shape.device)
     steps = 2 + 2 * len(PROFILE)
     progress("copy bandwidth", steps)
     bandwidth = [copy_bandwidth(shape.device)]
@@ -97,6 +97,15 @@ def measure(shape, blocks=400, repeats=30, backend=None, progress=lambda what, o
     progress("copy bandwidth", steps)
     bandwidth.append(copy_bandwidth(shape.device))
     return Profile(_describe_run(shape, blocks, repeats, backend), max(bandwidth), rows)
+
+
+def _usable_backend(backend, device):
+    """The backend to profile; RuntimeError at once where it lacks an operator."""
+    backend = _backends.resolve("profile", backend, torch.empty(0, device=device))
+    if backend != "reference":
+        for case in PROFILE:
+            _backends.kernel(backend, case.op, "_fwd", torch.device(device).type)
+    return backend
 
 
 def _measure_case(case, shape, blocks, repeats, backend, steps, progress):

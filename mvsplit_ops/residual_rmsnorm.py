@@ -83,7 +83,7 @@ def residual_rmsnorm(
     ValueError: shape, dtype, device. RuntimeError: the backend cannot run here.
     LayerScale: arXiv 2103.17239. ReZero: arXiv 2003.04887.
     """
-    if isinstance(scale, torch.Tensor) and scale.dim() == 0:
+    if all(isinstance(t, torch.Tensor) for t in (x, scale)) and scale.dim() == 0 < x.dim():
         scale = scale.expand(x.shape[-1:])  # autograd sums the gradient back to the scalar
     return _OP(x, f, scale, weight, eps, backend=backend)
 

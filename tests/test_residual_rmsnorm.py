@@ -72,3 +72,7 @@ class TestResidualRMSNorm(OpSuite):
             mv.residual_rmsnorm(x, x, s[:1])
         with self.refuses("x must be a tensor (B, T, D)"):
             mv.residual_rmsnorm(x[0], x[0], torch.tensor(1.0))
+        with self.refuses("the first argument must be a tensor, got float"):
+            mv.residual_rmsnorm(1.0, x, torch.tensor(1.0))
+        with self.refuses("x must be a tensor (B, T, D)"):
+            mv.residual_rmsnorm(torch.tensor(1.0), x, torch.tensor(1.0))
