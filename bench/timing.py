@@ -44,7 +44,7 @@ class Timer:
         return start.elapsed_time(end) / 1e3, result
 
 
-def interleaved(calls, repeats, timer, on_repeat=lambda: None):
+def interleaved(calls, repeats, timer):
     """Median (forward, backward) seconds of each {name: call}, taken in turn, `repeats` times.
 
     A call is a pair: forward() gives what backward takes. Taking turns, a slow moment of the
@@ -59,7 +59,6 @@ def interleaved(calls, repeats, timer, on_repeat=lambda: None):
             if repeat >= warmup:
                 seconds[name][0].append(forward_s)
                 seconds[name][1].append(backward_s)
-        on_repeat()
     return {name: tuple(map(statistics.median, pair)) for name, pair in seconds.items()}
 
 

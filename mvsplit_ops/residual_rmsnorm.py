@@ -83,8 +83,9 @@ def residual_rmsnorm(
     ValueError: shape, dtype, device. RuntimeError: the backend cannot run here.
     LayerScale: arXiv 2103.17239. ReZero: arXiv 2003.04887.
     """
-    if all(isinstance(t, torch.Tensor) for t in (x, scale)) and scale.dim() == 0 < x.dim():
-        scale = scale.expand(x.shape[-1:])  # autograd sums the gradient back to the scalar
+    is_scalar = isinstance(scale, torch.Tensor) and scale.dim() == 0
+    if is_scalar and isinstance(x, torch.Tensor) and x.dim() == 3:
+        scale = scale.expand(x.shape[2])  # autograd sums the gradient back to the scalar
     return _OP(x, f, scale, weight, eps, backend=backend)
 
 
