@@ -283,28 +283,33 @@ struct Merge {
     }
 };
 
-Four mvsplit_rmsnorm_fwd(const Tensor& x, const Tensor& f, const Tensor& alpha, const Tensor& beta,
-                         const OptTensor& weight, const std::vector<int64_t>& segments,
-                         double eps) {
+using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Five mvsplit_rmsnorm_fwd(const Tensor& x, const Tensor& f, const Tensor& alpha, const Tensor& beta,
+                         const OptTensor& weight, const OptTensor& given,
+                         const std::vector<int64_t>& segments, double eps, bool carry) {
     Merge m(x);
     MergeArgs& a = m.args;
     m.set_segments(segments);
     Tensor y = at::empty(x.sizes(), x.options()), rstd = empty_acc(x, {a.B, a.T});
-    Tensor jx = empty_acc(x, {a.B, a.S, a.D}), jf = empty_acc(x, {a.B, a.S, a.D});
+    Tensor jf = empty_acc(x, {a.B, a.S, a.D});
+    Tensor jx = given ? empty_acc(x, {0}) : empty_acc(x, {a.B, a.S, a.D});
+    Tensor jy = carry ? empty_acc(x, {a.B, a.S, a.D}) : empty_acc(x, {0});
     a.x = m.activation("x", x, x, m.x), a.f = m.activation("f", f, x, m.f);
     a.alpha = acc_data("alpha", alpha, {a.D}, m.acc, m.alpha);
     a.beta = acc_data("beta", beta, {a.D}, m.acc, m.beta);
     a.weight = acc_data("weight", weight, {a.D}, m.acc, m.weight);
-    a.out = y.data_ptr(), a.rstd = rstd.data_ptr(), a.jx = jx.data_ptr(), a.jf = jf.data_ptr();
-    a.eps = eps;
+    a.out = y.data_ptr(), a.rstd = rstd.data_ptr(), a.jf = jf.data_ptr(), a.eps = eps;
+    a.jx = given ? acc_data("jx", given, {a.B, a.S, a.D}, m.acc, m.jx) : jx.data_ptr();
+    a.jx_given = given.has_value(), a.jy = carry ? jy.data_ptr() : nullptr;
     kernels().mvsplit_rmsnorm_fwd(a, x.scalar_type());
-    return {y, rstd, jx, jf};
+    return {y, jy, rstd, jx, jf};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mvsplit_rmsnorm_bwd(
-    const Tensor& dy, const Tensor& kept, const Tensor& f, const Tensor& alpha, const Tensor& beta,
-    const OptTensor& weight, const Tensor& rstd, const Tensor& jx, const Tensor& jf,
-    const std::vector<int64_t>& segments) {
+Five mvsplit_rmsnorm_bwd(const Tensor& dy, const Tensor& kept, const Tensor& f, const Tensor& alpha,
+                         const Tensor& beta, const OptTensor& weight, const Tensor& rstd,
+                         const Tensor& jx, const Tensor& jf,
+                         const std::vector<int64_t>& segments) {
     Merge m(dy);
     MergeArgs& a = m.args;
     m.set_segments(segments);

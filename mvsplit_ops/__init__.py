@@ -13,7 +13,7 @@ from mvsplit_ops import reference
 from mvsplit_ops._backends import backends, use_backend
 from mvsplit_ops._register import recompute_cheap_ops
 from mvsplit_ops.modules import MVSplitRMSNorm
-from mvsplit_ops.mvsplit_rmsnorm import mvsplit_rmsnorm
+from mvsplit_ops.mvsplit_rmsnorm import mvsplit_rmsnorm, mvsplit_rmsnorm_with_mean
 from mvsplit_ops.qk_norm import qk_norm
 from mvsplit_ops.residual_rmsnorm import residual_rmsnorm
 from mvsplit_ops.rope import rope
@@ -26,6 +26,7 @@ __all__ = [
     "MVSplitRMSNorm",
     "backends",
     "mvsplit_rmsnorm",
+    "mvsplit_rmsnorm_with_mean",
     "qk_norm",
     "recompute_cheap_ops",
     "reference",

@@ -1,7 +1,7 @@
 """Which backend runs an operator, and why another cannot.
 
 `reference` is eager PyTorch on any device. The others are modules that offer `<op>_fwd` and
-`<op>_bwd`. The default depends on the device type alone; a backend that cannot run raises, nothing
+`<op>_bwd`, and may offer `missing(device_type)`: why they cannot run there. The default depends on the device type alone; a backend that cannot run raises, nothing
 falls back.
 """
 
@@ -94,14 +94,14 @@ def missing(backend, op, device_type):
     if device_type not in device_types:
         return f"it takes tensors on {' or '.join(device_types)}, not {device_type}"
     try:
-        _load(backend, op)
+        module = _load(backend, op)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("mvsplit_ops"):
             return remedy
         return f"{error.name} is not installed; run pip install 'mvsplit-ops[{backend}]'"
     except ImportError as error:
         return f"{error}; {remedy}"
-    return None
+    return module.missing(device_type) if hasattr(module, "missing") else None
 
 
 def backends():

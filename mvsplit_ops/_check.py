@@ -60,6 +60,16 @@ def parameter(op, arg, t, size, x):
     _same_device(op, arg, t, x)
 
 
+def statistic(op, arg, t, shape, x):
+    """t is None or has the shape, in the dtype of x's accumulators."""
+    if t is None:
+        return
+    acc = accumulator(x.dtype)
+    if not isinstance(t, torch.Tensor) or t.dtype != acc or tuple(t.shape) != tuple(shape):
+        fail(op, arg, f"{_name(acc)} {_shape(shape)}", describe(t))
+    _same_device(op, arg, t, x)
+
+
 def tables(op, cos, sin, x):
     """cos and sin are (T, Dh/2) or (B, T, Dh/2), T or more rows, in float32 or x's dtype."""
     B, T, _, Dh = x.shape

@@ -25,18 +25,17 @@ _LIB = torch.library.Library("mvsplit", "DEF")
 class Op:
     """One operator: its schemas, and what torch needs to know that a kernel cannot tell.
 
-    public, fwd, bwd  schemas after the name; fwd and bwd end in `str backend`
-    results           how many of fwd's outputs the user sees; the rest are statistics
-    activations       fwd's arguments that autocast casts (the first ones)
-    reference         (*fwd inputs) -> results
-    check             (*fwd inputs) -> None or ValueError
-    fake_fwd          (*fwd inputs) -> empty outputs of fwd;  fake_bwd likewise
-    save              (ctx, *fwd inputs, outputs) -> None
-    backward          (ctx, bwd, *gradients of the results) -> a gradient or None for each fwd input
+    fwd, bwd     schemas after the name; both end in `str backend`
+    results      how many of fwd's outputs have a gradient; the rest are statistics
+    activations  fwd's arguments that autocast casts (the first ones)
+    reference    (*fwd inputs) -> results
+    check        (*fwd inputs) -> None or ValueError
+    fake_fwd     (*fwd inputs) -> empty outputs of fwd;  fake_bwd likewise
+    save         (ctx, *fwd inputs, outputs) -> None
+    backward     (ctx, bwd, *gradients of the results) -> a gradient or None for each fwd input
     """
 
     name: str
-    public: str
     fwd: str
     bwd: str
     results: int
@@ -48,17 +47,18 @@ class Op:
     save: Callable
     backward: Callable
 
-    def __call__(self, *inputs, backend):
-        """Run the operator on fwd's inputs; returns the results alone."""
+    def __call__(self, *inputs, backend, outputs=None):
+        """Run the operator on fwd's inputs; returns the results, or the first `outputs`."""
+        count = outputs or self.results
         backend = _backends.resolve(self.name, backend, inputs[0])
         if backend == "reference":
             inputs = _cast_for_autocast(self, inputs, inputs[0].device.type)
             self.check(*inputs)
             return self.reference(*inputs)
-        outputs = getattr(torch.ops.mvsplit, self.name + "_fwd")(*inputs, backend)
-        if self.results == 1:
-            return outputs if isinstance(outputs, torch.Tensor) else outputs[0]
-        return outputs[: self.results]
+        given = getattr(torch.ops.mvsplit, self.name + "_fwd")(*inputs, backend)
+        if count == 1:
+            return given if isinstance(given, torch.Tensor) else given[0]
+        return given[:count]
 
 
 def register(op):
@@ -83,10 +83,10 @@ def register(op):
     return op
 
 
-def expose(op, function):
-    """Register a public function as mvsplit::<op>."""
-    _LIB.define(op.name + op.public)
-    _LIB.impl(op.name, function, "CompositeImplicitAutograd")
+def expose(function, schema):
+    """Register a public function under its name, mvsplit::<op>."""
+    _LIB.define(function.__name__ + schema)
+    _LIB.impl(function.__name__, function, "CompositeImplicitAutograd")
 
 
 def recompute_cheap_ops():

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mvsplit_ops.mvsplit_rmsnorm import mvsplit_rmsnorm
+from mvsplit_ops.mvsplit_rmsnorm import mvsplit_rmsnorm, mvsplit_rmsnorm_with_mean
 
 
 class MVSplitRMSNorm(torch.nn.Module):
@@ -17,7 +17,8 @@ class MVSplitRMSNorm(torch.nn.Module):
     eps         of the RMSNorm
 
     Parameters alpha and beta (D,): keep them in float32 when the activations are 16-bit.
-    forward(x, f, segments=None) -> y: see mvsplit_ops.mvsplit_rmsnorm. arXiv 2605.06169, Sec. 5.
+    forward(x, f, segments=None) -> y: see mvsplit_ops.mvsplit_rmsnorm; with carry=True y and jy,
+    the jx of the next merge: see mvsplit_ops.mvsplit_rmsnorm_with_mean. arXiv 2605.06169, Sec. 5.
     """
 
     def __init__(
@@ -34,9 +35,19 @@ class MVSplitRMSNorm(torch.nn.Module):
         torch.nn.init.constant_(self.beta, self.init_beta)
 
     def forward(
-        self, x: torch.Tensor, f: torch.Tensor, segments: Sequence[int] | None = None
-    ) -> torch.Tensor:
-        return mvsplit_rmsnorm(x, f, self.alpha, self.beta, segments=segments, eps=self.eps)
+        self,
+        x: torch.Tensor,
+        f: torch.Tensor,
+        segments: Sequence[int] | None = None,
+        *,
+        jx: torch.Tensor | None = None,
+        carry: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        inputs, options = (x, f, self.alpha, self.beta), {"segments": segments, "eps": self.eps}
+        if jx is None and not carry:
+            return mvsplit_rmsnorm(*inputs, **options)
+        y, jy = mvsplit_rmsnorm_with_mean(*inputs, jx=jx, **options)
+        return (y, jy) if carry else y
 
     def extra_repr(self) -> str:
         gains = f"init_alpha={self.init_alpha}, init_beta={self.init_beta}"

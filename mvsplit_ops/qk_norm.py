@@ -75,8 +75,6 @@ def _fake_bwd(dq, dk, q, k, q_rstd, k_rstd, q_weight, k_weight):
 _OP = register(
     Op(
         name="qk_norm",
-        public="(Tensor q, Tensor k, Tensor? q_weight=None, Tensor? k_weight=None, *, "
-        "float eps=1e-6, str? backend=None) -> (Tensor, Tensor)",
         fwd="(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, float eps, str backend) "
         "-> (Tensor, Tensor, Tensor, Tensor)",
         bwd="(Tensor dq, Tensor dk, Tensor q, Tensor k, Tensor q_rstd, Tensor k_rstd, "
@@ -118,4 +116,8 @@ def qk_norm(
     return _OP(q, k, q_weight, k_weight, eps, backend=backend)
 
 
-expose(_OP, qk_norm)
+expose(
+    qk_norm,
+    "(Tensor q, Tensor k, Tensor? q_weight=None, Tensor? k_weight=None, *, "
+    "float eps=1e-6, str? backend=None) -> (Tensor, Tensor)",
+)

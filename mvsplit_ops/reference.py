@@ -23,6 +23,12 @@ def token_mean(t, segments):
     return torch.cat([p.mean(1, keepdim=True).expand_as(p) for p in parts], dim=1)
 
 
+def segment_means(t, segments):
+    """The token means of the segments of t, (B, S, D), in the dtype of accumulators."""
+    t = t.to(torch.promote_types(t.dtype, torch.float32))
+    return torch.stack([p.mean(1) for p in t.split(segments, dim=1)], dim=1)
+
+
 def rope(x, cos, sin, interleaved=False, conjugate=False):
     """Rotates the pair (x1, x2) by theta: o1 = x1 cos - x2 sin, o2 = x2 cos + x1 sin."""
     cos, sin = (t[..., : x.shape[1], :].unsqueeze(-2) for t in (cos, sin))  # (.., T, 1, Dh/2)

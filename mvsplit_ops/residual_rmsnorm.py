@@ -44,8 +44,6 @@ def _backward(ctx, bwd, dy):
 _OP = register(
     Op(
         name=_NAME,
-        public="(Tensor x, Tensor f, Tensor? scale=None, Tensor? weight=None, *, "
-        "float eps=1e-5, str? backend=None) -> Tensor",
         fwd="(Tensor x, Tensor f, Tensor? scale, Tensor? weight, float eps, str backend) "
         "-> (Tensor, Tensor)",
         bwd="(Tensor dy, Tensor kept, Tensor? f, Tensor? scale, Tensor? weight, Tensor rstd, "
@@ -89,4 +87,8 @@ def residual_rmsnorm(
     return _OP(x, f, scale, weight, eps, backend=backend)
 
 
-expose(_OP, residual_rmsnorm)
+expose(
+    residual_rmsnorm,
+    "(Tensor x, Tensor f, Tensor? scale=None, Tensor? weight=None, *, "
+    "float eps=1e-5, str? backend=None) -> Tensor",
+)

@@ -37,8 +37,6 @@ def constant_tables(op, ctx, first):
 _OP = register(
     Op(
         name="rope",
-        public="(Tensor x, Tensor cos, Tensor sin, *, bool interleaved=False, "
-        "bool conjugate=False, str? backend=None) -> Tensor",
         fwd="(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool conjugate, "
         "str backend) -> Tensor",
         bwd="(Tensor dy, Tensor cos, Tensor sin, bool interleaved, bool conjugate, "
@@ -79,4 +77,8 @@ def rope(
     return _OP(x, cos, sin, interleaved, conjugate, backend=backend)
 
 
-expose(_OP, rope)
+expose(
+    rope,
+    "(Tensor x, Tensor cos, Tensor sin, *, bool interleaved=False, "
+    "bool conjugate=False, str? backend=None) -> Tensor",
+)

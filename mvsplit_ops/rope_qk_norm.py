@@ -41,9 +41,6 @@ def _fake_bwd(dq, dk, q, k, cos, sin, q_rstd, k_rstd, q_weight, k_weight, *flags
 _OP = register(
     Op(
         name="rope_qk_norm",
-        public="(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? q_weight=None, "
-        "Tensor? k_weight=None, *, float eps=1e-6, bool interleaved=False, "
-        "bool conjugate=False, bool norm_first=False, str? backend=None) -> (Tensor, Tensor)",
         fwd="(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, "
         "float eps, bool interleaved, bool conjugate, bool norm_first, str backend) "
         "-> (Tensor, Tensor, Tensor, Tensor)",
@@ -98,4 +95,9 @@ def rope_qk_norm(
     return _OP(q, k, cos, sin, q_weight, k_weight, eps, *flags, backend=backend)
 
 
-expose(_OP, rope_qk_norm)
+expose(
+    rope_qk_norm,
+    "(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? q_weight=None, "
+    "Tensor? k_weight=None, *, float eps=1e-6, bool interleaved=False, "
+    "bool conjugate=False, bool norm_first=False, str? backend=None) -> (Tensor, Tensor)",
+)

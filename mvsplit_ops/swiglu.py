@@ -28,7 +28,6 @@ def _backward(ctx, bwd, dy):
 _OP = register(
     Op(
         name="swiglu",
-        public="(Tensor x, *, str? backend=None) -> Tensor",
         fwd="(Tensor x, str backend) -> Tensor",
         bwd="(Tensor dy, Tensor x, str backend) -> Tensor",
         results=1,
@@ -56,4 +55,7 @@ def swiglu(x: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
     return _OP(x, backend=backend)
 
 
-expose(_OP, swiglu)
+expose(
+    swiglu,
+    "(Tensor x, *, str? backend=None) -> Tensor",
+)

@@ -68,6 +68,8 @@ struct MergeArgs {
     void* rstd = nullptr;          // acc [N]
     void* jx = nullptr;            // acc [B, S, D]
     void* jf = nullptr;            // acc [B, S, D]
+    bool jx_given = false;         // jx is read, not computed
+    void* jy = nullptr;            // acc [B, S, D] or null
     void* dx = nullptr;
     void* df = nullptr;       // null when scale is null: df is dx
     void* dalpha = nullptr;   // acc [D], zero on entry

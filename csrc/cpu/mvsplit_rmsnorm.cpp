@@ -85,20 +85,16 @@ struct Views {
           jf(static_cast<A*>(a.jf)) {}
 };
 
-// Column sums of x and f over rows [begin, end), into sums[0..D) and sums[D..2D).
+// Column sums of `rows` rows of x, into sums[0..D).
 template <class T>
-MVSPLIT_ROW void sum_columns(const T* x, const T* f, int64_t rows, int64_t D, acc_t<T>* sums) {
-    for (int64_t r = 0; r < rows; r += kGroup, x += kGroup * D, f += kGroup * D) {
+MVSPLIT_ROW void sum_columns(const T* x, int64_t rows, int64_t D, acc_t<T>* sums) {
+    for (int64_t r = 0; r < rows; r += kGroup, x += kGroup * D) {
         const int64_t count = std::min<int64_t>(kGroup, rows - r);
         for_chunks<T>(D, [&](int64_t i, auto n) {
-            Acc<T> sx(0), sf(0);  // of the group first: sums of sums lose less
-            for (int64_t k = 0; k < count; ++k) {
-                sx = sx + load(x + k * D + i, n);
-                sf = sf + load(f + k * D + i, n);
-            }
-            if (r > 0) sx = sx + load_acc<T>(sums + i, n), sf = sf + load_acc<T>(sums + D + i, n);
-            store_acc<T>(sums + i, sx, n);
-            store_acc<T>(sums + D + i, sf, n);
+            Acc<T> s(0);  // of the group first: sums of sums lose less
+            for (int64_t k = 0; k < count; ++k) s = s + load(x + k * D + i, n);
+            if (r > 0) s = s + load_acc<T>(sums + i, n);
+            store_acc<T>(sums + i, s, n);
         });
     }
 }
@@ -119,33 +115,46 @@ void forward(const MergeArgs& a) {
     const Plan plan(a, 2 * a.T * D * sizeof(T));
     const int64_t wave = std::min(plan.wave, a.B);
     std::vector<A> partials(wave * plan.count() * 2 * D), m(wave * a.S * D);
+    A* const jy = static_cast<A*>(a.jy);
+    // The mean of segment s of a wave's sample, from the partial rows of its tasks.
+    const auto mean = [&](int64_t in_wave, int64_t s, const A* rows, int64_t d, auto n) {
+        const int64_t base = in_wave * plan.count();
+        return column_sum<T>(rows, base + plan.first[s], base + plan.first[s + 1], 2 * D, d, n) /
+               Acc<T>(static_cast<A>(a.segments[s]));
+    };
     for_waves(a, plan, [&](int64_t b0, int64_t b1) {
         for_tasks(plan, b0, b1, [&](int64_t b, int64_t, const Task& t, int64_t i) {
-            const int64_t row = b * a.T + t.begin;
-            sum_columns(v.x + row * D, v.f + row * D, t.end - t.begin, D, &partials[i * 2 * D]);
+            const int64_t row = b * a.T + t.begin, rows = t.end - t.begin;
+            if (!a.jx_given) sum_columns(v.x + row * D, rows, D, &partials[i * 2 * D]);
+            sum_columns(v.f + row * D, rows, D, &partials[(i * 2 + 1) * D]);
         });
         for_columns<T>(D, [&](int64_t d, auto n) {
             for (int64_t b = b0; b < b1; ++b)
                 for (int64_t s = 0; s < a.S; ++s) {
-                    const int64_t base = (b - b0) * plan.count(), unit = b * a.S + s;
-                    const int64_t first = base + plan.first[s], last = base + plan.first[s + 1];
-                    const Acc<T> tokens(static_cast<A>(a.segments[s]));
-                    const auto mean = [&](const A* p) {
-                        return column_sum<T>(p, first, last, 2 * D, d, n) / tokens;
-                    };
-                    store_acc<T>(v.jx + unit * D + d, mean(partials.data()), n);
-                    store_acc<T>(v.jf + unit * D + d, mean(partials.data() + D), n);
-                    store_m(v, unit, D, d, &m[((b - b0) * a.S + s) * D], n);
+                    const int64_t unit = b * a.S + s, in_wave = b - b0;
+                    if (!a.jx_given)
+                        store_acc<T>(v.jx + unit * D + d, mean(in_wave, s, &partials[0], d, n), n);
+                    store_acc<T>(v.jf + unit * D + d, mean(in_wave, s, &partials[D], d, n), n);
+                    store_m(v, unit, D, d, &m[(in_wave * a.S + s) * D], n);
                 }
         });
-        for_tasks(plan, b0, b1, [&](int64_t b, int64_t in_wave, const Task& t, int64_t) {
+        for_tasks(plan, b0, b1, [&](int64_t b, int64_t in_wave, const Task& t, int64_t i) {
             std::vector<A> scratch(D);
             const RowParams<T> p{v.beta, &m[(in_wave * a.S + t.segment) * D], v.weight};
-            for (int64_t row = b * a.T + t.begin; row < b * a.T + t.end; ++row)
-                v.rstd[row] = forward_row<T, true, true>(v.x + row * D, v.f + row * D,
-                                                         static_cast<T*>(a.out) + row * D, p,
-                                                         scratch.data(), D, a.eps);
+            T* const y = static_cast<T*>(a.out) + b * a.T * D;
+            for (int64_t row = t.begin; row < t.end; ++row)
+                v.rstd[b * a.T + row] = forward_row<T, true, true>(
+                    v.x + (b * a.T + row) * D, v.f + (b * a.T + row) * D, y + row * D, p,
+                    scratch.data(), D, a.eps);
+            if (jy) sum_columns(y + t.begin * D, t.end - t.begin, D, &partials[i * 2 * D]);
         });
+        if (jy)
+            for_columns<T>(D, [&](int64_t d, auto n) {
+                for (int64_t b = b0; b < b1; ++b)
+                    for (int64_t s = 0; s < a.S; ++s)
+                        store_acc<T>(jy + (b * a.S + s) * D + d,
+                                     mean(b - b0, s, &partials[0], d, n), n);
+            });
     });
 }
 

@@ -1,0 +1,51 @@
+"""Where the segments of a sample lie: how a program finds its own, whatever their number.
+
+Kernels take the ends of the segments as a tuple of integers, 2 * end + 1 each: Triton compiles a
+kernel anew for an integer argument that is 1 or a multiple of 16, and captions have any length.
+"""
+
+import itertools
+
+import triton
+import triton.language as tl
+
+
+def ends(segments):
+    return tuple(2 * end + 1 for end in itertools.accumulate(segments))
+
+
+def blocks(segments, share):
+    """Blocks of at most `share` tokens in a sample; none crosses the end of a segment."""
+    return sum(-(-tokens // share) for tokens in segments)
+
+
+@triton.jit
+def block_tokens(block, ends, share):
+    """(segment, first token, token after the last) of a block of a sample."""
+    segment, begin, stop = 0, 0, 0
+    start, first = 0, 0
+    for s in tl.static_range(len(ends)):
+        end = ends[s] >> 1
+        count = tl.cdiv(end - start, share)
+        inside = (block >= first) & (block < first + count)
+        segment = tl.where(inside, s, segment)
+        begin = tl.where(inside, start + (block - first) * share, begin)
+        stop = tl.where(inside, end, stop)
+        start, first = end, first + count
+    return segment, begin, tl.minimum(begin + share, stop)
+
+
+@triton.jit
+def segment_tokens(segment, ends, share):
+    """(first token, token after the last, first block, number of blocks) of a segment."""
+    begin, stop, block, blocks = 0, 0, 0, 0
+    start, first = 0, 0
+    for s in tl.static_range(len(ends)):
+        end = ends[s] >> 1
+        count = tl.cdiv(end - start, share)
+        begin = tl.where(segment == s, start, begin)
+        stop = tl.where(segment == s, end, stop)
+        block = tl.where(segment == s, first, block)
+        blocks = tl.where(segment == s, count, blocks)
+        start, first = end, first + count
+    return begin, stop, block, blocks

@@ -1,0 +1,101 @@
+"""SwiGLU: y = silu(gate) * value, with x = [gate, value] packed in a row.
+
+    s = sigmoid(gate)    dvalue = dy * gate * s    dgate = dy * value * s * (1 + gate * (1 - s))
+
+Bytes, in N*F elements: forward 2 read and 1 written, backward 3 and 2: what must move.
+Launch: a flat grid over the N*F results, so that no width is padded to a power of two; a block may
+hold the end of one row and the beginning of the next.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+
+from mvsplit_ops.triton_kernels._common import ceil_div, launch, missing, new, require, wide
+
+__all__ = ["missing", "swiglu_bwd", "swiglu_fwd"]
+
+# Results of a program, its warps. 16 elements of each tensor a thread: of bf16 two 16-byte loads of
+# each in flight, 64 bytes forward and 96 backward, at less than 64 registers.
+FWD = {"BLOCK": 2048, "num_warps": 4}
+BWD = {"BLOCK": 2048, "num_warps": 4}
+
+
+def swiglu_fwd(x):
+    x = _rows(x)
+    y = new(x, (*x.shape[:-1], x.shape[-1] // 2))
+    _launch(_fwd, FWD, x, y, x, y)
+    return y
+
+
+def swiglu_bwd(dy, x):
+    require("dy", dy, (*x.shape[:-1], x.shape[-1] // 2), x.dtype)
+    x, dy, dx = _rows(x), _rows(dy), new(x, x.shape)
+    _launch(_bwd, BWD, x, dy, dy, x, dx)
+    return dx
+
+
+def _rows(t):
+    """t with rows a constant stride apart: as it is, or a copy."""
+    return t if _row_stride(t) is not None else t.contiguous()
+
+
+def _row_stride(t):
+    """The elements from a row (last dimension) to the next; None when it varies."""
+    if t.dim() == 1 or t.is_contiguous():
+        return t.shape[-1] if t.stride(-1) == 1 else None
+    sizes, strides = t.shape[:-1], t.stride()[:-1]
+    nested = all(strides[i] == sizes[i + 1] * strides[i + 1] for i in range(len(sizes) - 1))
+    return strides[-1] if nested and t.stride(-1) == 1 else None
+
+
+def _launch(kernel, table, x, y, *tensors):
+    total, F = y.numel(), y.shape[-1]
+    vector = math.gcd(F, 16 // x.element_size()) if F else 1
+    rows = _row_stride(x), _row_stride(y)
+    programs = ceil_div(total, table["BLOCK"])
+    launch(kernel, programs, x, *tensors, total, *rows, F=F, VECTOR=vector, **table)
+
+
+@triton.jit(do_not_specialize=["total"])
+def _fwd(
+    x, y, total, x_stride, y_stride, F: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr
+):
+    row, column, live = _places(total, F, VECTOR, BLOCK)
+    gate = wide(tl.load(x + row * x_stride + column, live, other=0))
+    value = wide(tl.load(x + row * x_stride + F + column, live, other=0))
+    result = gate * tl.sigmoid(gate) * value
+    tl.store(y + row * y_stride + column, result.to(y.dtype.element_ty), live)
+
+
+@triton.jit(do_not_specialize=["total"])
+def _bwd(
+    dy, x, dx, total, x_stride, dy_stride, F: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr
+):
+    row, column, live = _places(total, F, VECTOR, BLOCK)
+    gate = wide(tl.load(x + row * x_stride + column, live, other=0))
+    value = wide(tl.load(x + row * x_stride + F + column, live, other=0))
+    d = wide(tl.load(dy + row * dy_stride + column, live, other=0))
+    s = tl.sigmoid(gate)
+    dgate = d * value * s * (1 + gate * (1 - s))
+    dvalue = d * gate * s
+    dx += row * (2 * F) + column
+    tl.store(dx, dgate.to(dx.dtype.element_ty), live)
+    tl.store(dx + F, dvalue.to(dx.dtype.element_ty), live)
+
+
+@triton.jit
+def _places(total, F: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+    """Row (int64), column and liveness of a program's results, as [vectors, VECTOR].
+
+    A vector lies in one row, so that its place is found once for all its elements; and Triton sees
+    that they are neighbours, which it does not see through a division of each.
+    """
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    row = start // F
+    # Within a block 32 bits do, and a division by the constant F costs a multiplication.
+    first = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR
+    place = (start - row * F).to(tl.int32) + first
+    column = place % F // VECTOR * VECTOR + tl.arange(0, VECTOR)[None, :]
+    return row + place // F, column, first < total - start
