@@ -17,7 +17,7 @@ profile: $(VENV)/built
 	$(BIN)/python -m bench profile
 
 test: $(VENV)/built
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .
@@ -44,7 +44,7 @@ $(VENV)/ready: pyproject.toml
 
 $(VENV)/built: $(VENV)/ready $(SOURCES)
 	@echo "Compiling the CPU kernels for each instruction set: some minutes, once"
-	@$(PIP) --no-build-isolation --editable '.[bench,test]'
+	@$(PIP) --no-build-isolation --editable '.[bench,test,triton]'
 	@touch $@
 
 clean:

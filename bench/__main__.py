@@ -1,6 +1,7 @@
 """python -m bench <command>: measure the operators here, and write the README's figures."""
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -8,9 +9,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import report
+from bench import compiled, report, traffic
 from bench.accuracy import Inaccurate
-from bench.cases import Shape
+from bench.cases import CASES, Shape
 from bench.profile import measure
 from mvsplit_ops import _backends
 
@@ -33,10 +34,28 @@ def token_counts(text):
     return tuple(positive(part) for part in text.replace("+", ",").split(","))
 
 
+def _add_shape(command):
+    defaults = Shape()
+    command.add_argument("--batch", type=positive, default=defaults.B, help="samples per call")
+    command.add_argument(
+        "--tokens",
+        type=token_counts,
+        default=defaults.segments,
+        metavar="N[,N..]",
+        help="tokens of each segment of a sample: image, text",
+    )
+    command.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the activations")
+
+
+def _add_json(command):
+    command.add_argument(
+        "--json", type=Path, metavar="FILE", help="add the record to FILE, one a line"
+    )
+
+
 def parser():
     top = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
-    defaults = Shape()
     p = commands.add_parser(
         "profile",
         help="the paper's operator profile on this machine",
@@ -45,23 +64,42 @@ def parser():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("--blocks", type=positive, default=400, help="blocks, 3/4 of them checkpointed")
-    p.add_argument("--batch", type=positive, default=defaults.B, help="samples per call")
-    p.add_argument(
-        "--tokens",
-        type=token_counts,
-        default=defaults.segments,
-        metavar="N[,N..]",
-        help="tokens of each segment of a sample: image, text",
-    )
-    p.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the activations")
+    _add_shape(p)
     p.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     p.add_argument("--backend", choices=_backends.BACKENDS, help="fused column (default: device's)")
     p.add_argument("--threads", type=positive, help="CPU threads (default: PyTorch's)")
     p.add_argument(
         "--repeats", type=positive, default=30, help="timed calls of each implementation"
     )
-    p.add_argument("--json", type=Path, metavar="FILE", help="add the record to FILE, one a line")
+    _add_json(p)
     p.set_defaults(run=profile)
+    t = commands.add_parser(
+        "traffic",
+        help="bytes that each operator moves on each backend, counted; no GPU needed",
+        description="Counts the bytes that an operator loads and stores: of Triton kernels in "
+        "Triton's interpreter, of eager PyTorch at its dispatcher. Some minutes.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_shape(t)
+    t.add_argument("--op", nargs="+", choices=[c.op for c in CASES], help="these alone")
+    _add_json(t)
+    t.set_defaults(run=count_traffic)
+    c = commands.add_parser(
+        "compile",
+        help="registers, spills and access widths of the Triton kernels; no GPU needed",
+        description="Compiles every Triton kernel at a shape and reads the machine code.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_shape(c)
+    c.add_argument("--op", nargs="+", choices=[case.op for case in CASES], help="these alone")
+    c.add_argument(
+        "--arch",
+        nargs="+",
+        type=positive,
+        default=compiled.ARCHITECTURES,
+        help="compute capabilities: 80 A100, 90 H100, 100 B200",
+    )
+    c.set_defaults(run=compile_kernels)
     r = commands.add_parser(
         "report",
         help="write the README's table and picture",
@@ -75,23 +113,60 @@ def profile(args):
     if args.threads:
         torch.set_num_threads(args.threads)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    shape = Shape(
-        B=args.batch, segments=args.tokens, dtype=DTYPES[args.dtype], device=_usable(device)
-    )
-    if args.json and not args.json.resolve().parent.is_dir():
-        raise ValueError(f"--json: no folder {args.json.resolve().parent}; make it first")
+    shape = _shape(args, _usable(device))
+    _writable(args.json)
+    with _progress("profile") as progress:
+        result = measure(shape, args.blocks, args.repeats, args.backend, progress)
+    report.print_table(result, _console())
+    if args.json:
+        report.append_json(result.to_json(), args.json)
+
+
+def count_traffic(args):
+    shape = _shape(args, "cpu")
+    _writable(args.json)
+    with _progress("traffic") as progress:
+        result = traffic.measure(shape, progress, _chosen(args.op))
+    _console().print(report.traffic_table(result))
+    if args.json:
+        report.append_json(result.to_json(), args.json)
+
+
+def compile_kernels(args):
+    with _progress("compile") as progress:
+        kernels = compiled.measure(_shape(args, "meta"), args.arch, progress, _chosen(args.op))
+    _console().print(report.kernel_table(kernels))
+
+
+def _chosen(ops):
+    return [case for case in CASES if not ops or case.op in ops]
+
+
+def _shape(args, device):
+    return Shape(B=args.batch, segments=args.tokens, dtype=DTYPES[args.dtype], device=device)
+
+
+def _writable(path):
+    if path and not path.resolve().parent.is_dir():
+        raise ValueError(f"--json: no folder {path.resolve().parent}; make it first")
+
+
+def _console():
+    return Console(width=None if sys.stdout.isatty() else 190)
+
+
+@contextlib.contextmanager
+def _progress(name):
+    """progress(what is done now, steps in all), shown as a bar on stderr."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task("profile", total=None)
+        task = bar.add_task(name, total=None)
 
         def progress(what, steps):
             bar.update(task, description=what, total=steps)
             bar.advance(task)
 
-        result = measure(shape, args.blocks, args.repeats, args.backend, progress)
-    report.print_table(result, Console(width=None if sys.stdout.isatty() else 190))
-    if args.json:
-        report.append_json(result, args.json)
+        yield progress
 
 
 def _usable(device):

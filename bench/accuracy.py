@@ -30,7 +30,7 @@ def results_and_gradients(function, activations, constants, kwargs, seed=0):
     """Results of a call, and gradients of its activations for cotangents that no dtype changes."""
     leaves = [t.detach().requires_grad_() for t in activations]
     outputs = function(leaves, constants, kwargs)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     cotangents = [cotangent(t, generator) for t in outputs]
     torch.autograd.backward(outputs, cotangents)
     return [t.detach() for t in outputs], [t.grad for t in leaves]
@@ -38,7 +38,7 @@ def results_and_gradients(function, activations, constants, kwargs, seed=0):
 
 def cotangent(t, generator):
     """Random, and exact in bfloat16, so that every dtype is given the same one."""
-    values = torch.randn(t.shape, generator=generator).bfloat16()
+    values = torch.randn(t.shape, generator=generator, device="cpu").bfloat16()
     return values.to(t.device, t.dtype)
 
 

@@ -45,6 +45,12 @@ def one_by_one(op, activations, constants, kwargs):
     return tuple(op(t, *constants, **kwargs) for t in activations)
 
 
+def carried(op, activations, constants, kwargs):
+    """The merge of a chain: the constant is jx, and the mean of the result is of no interest."""
+    (jx,) = constants
+    return op(*activations, jx=jx, **kwargs)[:1]
+
+
 @dataclass(frozen=True)
 class Case:
     """One operator of the profile.
@@ -88,13 +94,14 @@ class Case:
 
 
 def randn(shape, generator, *sizes, dtype=None, mean=0.0, std=1.0):
-    t = torch.randn(sizes, generator=generator, dtype=torch.float64) * std + mean
+    t = torch.randn(sizes, generator=generator, dtype=torch.float64, device="cpu") * std + mean
     return t.to(shape.device, dtype or shape.dtype)
 
 
 def rotary_tables(shape, generator):
     """cos and sin (T, Dh/2) of random angles, float32."""
-    angle = torch.rand(shape.T, shape.Dh // 2, generator=generator, dtype=torch.float64) * 6.3
+    sizes = shape.T, shape.Dh // 2
+    angle = torch.rand(sizes, generator=generator, dtype=torch.float64, device="cpu") * 6.3
     return tuple(t.to(shape.device, torch.float32) for t in (angle.cos(), angle.sin()))
 
 
@@ -121,6 +128,12 @@ def _merge(shape, g):
     return (x, f, alpha, beta), (), {"segments": list(shape.segments)}
 
 
+def _carried(shape, g):
+    activations, _, kwargs = _merge(shape, g)
+    acc = torch.promote_types(shape.dtype, torch.float32)
+    return activations, (reference.segment_means(activations[0], shape.segments).to(acc),), kwargs
+
+
 def _layerscale(shape, g):
     (x, f, _, scale), _, _ = _merge(shape, g)
     return (x, f, scale), (), {}
@@ -140,6 +153,16 @@ CASES = (
     Case("rope_qk_norm", "RoPE + QK-Norm", _rope, lambda s: 4, lambda s: 6),
     Case("swiglu", "SwiGLU", _swiglu, lambda s: 3 * s.F / s.D, lambda s: 5 * s.F / s.D),
     Case("mvsplit_rmsnorm", "MV-Split + RMSNorm", _merge, lambda s: 3, lambda s: 5, per_block=2),
+    Case(
+        "mvsplit_rmsnorm_with_mean",
+        "MV-Split + RMSNorm, carried mean",
+        _carried,
+        lambda s: 3,
+        lambda s: 5,
+        per_block=2,
+        call=carried,
+        profiled=False,
+    ),
     Case(
         "residual_rmsnorm",
         "LayerScale + RMSNorm",

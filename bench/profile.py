@@ -149,16 +149,23 @@ def _forward_backward(function, activations, constants, kwargs):
 def _describe_run(shape, blocks, repeats, backend):
     cuda = torch.device(shape.device).type == "cuda"
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        **describe_run(shape),
         "device": torch.cuda.get_device_name(shape.device) if cuda else _cpu_name(),
         "threads": torch.get_num_threads(),
         "instruction_set": None if cuda else _instruction_set(backend),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
         "backend": backend,
         "blocks": blocks,
         "repeats": repeats,
+    }
+
+
+def describe_run(shape):
+    """What every record says of its run."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
         "shape": {**asdict(shape), "dtype": str(shape.dtype).removeprefix("torch.")},
     }
 

@@ -1,14 +1,16 @@
-"""Profiles as tables and pictures: on the terminal, in the README, from the records of a run."""
+"""Records as tables and pictures: on the terminal, and in the README."""
 
 import json
 from pathlib import Path
 
+from bench import tables
 from bench.profile import PAPER_MS, Profile
+from bench.traffic import Count
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 PICTURE = RESULTS / "profile.svg"
-BEGIN, END = "<!-- bench report: begin -->", "<!-- bench report: end -->"
+MARKS = "<!-- bench {}: begin -->", "<!-- bench {}: end -->"
 
 COLUMNS = (
     "operator",
@@ -92,35 +94,87 @@ def notes(profile):
 
 def print_table(profile, console):
     """The profile on a terminal."""
-    from rich.table import Table
-
-    table = Table(
-        title="Operators per optimizer step",
-        caption="\n".join(notes(profile)),
-        caption_justify="left",
-    )
-    for i, name in enumerate(COLUMNS):
-        table.add_column(name, justify="left" if i == 0 else "right")
     *rows, total = cells(profile)
-    for row in rows:
-        table.add_row(*row)
-    table.add_section()
-    table.add_row(*total, style="bold")
     console.print(headline(profile))
-    console.print(table)
+    title = "Operators per optimizer step"
+    console.print(tables.terminal(title, COLUMNS, rows, notes(profile), total))
 
 
-def append_json(profile, path):
-    """Add the profile to a file of records, one JSON object a line; what the file holds stays."""
+def traffic_cells(count):
+    """Columns and rows: passes of every backend, and in brackets its launches."""
+    backends = list(dict.fromkeys(row.backend for row in count.rows))
+    found = {(row.op, row.direction, row.backend): row for row in count.rows}
+    rows = []
+    for op, direction, backend in found:
+        if backend != backends[0]:
+            continue
+        of = [found[op, direction, b] for b in backends]
+        passes = (f"{row.passes:.2f} ({row.launches})" for row in of)
+        rows.append((f"{of[0].title}, {direction}", f"{of[0].must_move:g}", *passes))
+
+    def step(value, backend):
+        total = sum(row.calls * value(row) for row in count.rows if row.backend == backend)
+        return f"{total:,.0f}"
+
+    passes = (step(lambda row: row.passes, b) for b in backends)
+    floor = step(lambda row: row.must_move, backends[0])
+    total = ("a step of 400 blocks", floor, *passes)
+    return ("passes (launches)", "must move", *backends), rows, total
+
+
+def traffic_notes(count):
+    s = count.run["shape"]
+    return (
+        f"B {s['B']}, T {'+'.join(map(str, s['segments']))}, D {s['D']}, H {s['H']}, F {s['F']}, "
+        f"{s['dtype']}. A pass reads or writes one (B, T, D) activation once; parameters, tables, "
+        "means and partial sums are counted too.",
+        "reference: the tensors of every eager operation; cpu: the tensors of a call, whose second "
+        "reading comes from cache; triton: every load and store of its kernels.",
+        "A step has 700 forward and 400 backward calls of RoPE + QK-Norm and of SwiGLU, and twice "
+        "as many of MV-Split + RMSNorm.",
+    )
+
+
+def traffic_table(count):
+    columns, rows, total = traffic_cells(count)
+    missing = (f"{backend}: {why}" for backend, why in count.missing.items())
+    caption = *traffic_notes(count), *missing
+    return tables.terminal("Bytes moved by one call", columns, rows, caption, total)
+
+
+def kernel_table(kernels):
+    """What compiling found, a row a kernel."""
+    columns = (
+        *("call", "kernel", "sm", "warps", "registers", "spilled B", "shared B"),
+        *("load bits", "store bits", "barriers", "seconds"),
+    )
+
+    def widths(found):
+        return " ".join(f"{bits}x{found[bits]}" for bits in sorted(found, reverse=True))
+
+    rows = [
+        (
+            *(k.call, k.name, f"{k.architecture}", f"{k.warps}", f"{k.registers}", f"{k.spilled}"),
+            *(f"{k.shared}", widths(k.loads), widths(k.stores), f"{k.barriers}"),
+            f"{k.seconds:.1f}",
+        )
+        for k in kernels
+    ]
+    return tables.terminal("Triton kernels, compiled", columns, rows)
+
+
+def append_json(record, path):
+    """Add a record to a file, one JSON object a line; what the file holds stays."""
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(profile.to_json(), allow_nan=False) + "\n")
+        file.write(json.dumps(record, allow_nan=False) + "\n")
 
 
-def committed():
-    """Every committed profile, oldest first."""
+def committed(kind="profile"):
+    """Every committed record of a kind, oldest first."""
     lines = [line for p in sorted(RESULTS.glob("*.jsonl")) for line in p.read_text().splitlines()]
-    profiles = [Profile.from_json(json.loads(line)) for line in lines]
-    return sorted(profiles, key=lambda p: p.run["date"])
+    records = [r for r in map(json.loads, lines) if r.get("kind", "profile") == kind]
+    read = {"profile": Profile.from_json, "traffic": Count.from_json}[kind]
+    return sorted(map(read, records), key=lambda record: record.run["date"])
 
 
 def latest():
@@ -132,32 +186,31 @@ def markdown(profile):
     """The README's section for one profile."""
     shown = (0, 1, 4, 5, 6, 7, 8, 9, 10)
     rows = [[c[i] for i in shown] for c in (COLUMNS, *cells(profile))]
-    head, *body = ("| " + " | ".join(row) + " |" for row in rows)
-    rule = "|" + "|".join([" --- "] + [" ---: "] * (len(shown) - 1)) + "|"
-    return "\n".join(
-        [
-            head,
-            rule,
-            *body,
-            "",
-            headline(profile) + ".",
-            "",
-            *(f"- {note}" for note in notes(profile)),
-        ]
-    )
+    bullets = (f"- {note}" for note in notes(profile))
+    table = tables.markdown(rows[0], rows[1:])
+    return "\n".join([table, "", headline(profile) + ".", "", *bullets])
 
 
-def readme_section():
+def readme_sections():
+    """{name of a pair of marks in the README: what stands between them}."""
     parts = [f"![Milliseconds per step]({PICTURE.relative_to(README.parent)})"]
-    return "\n\n".join(parts + [markdown(p) for p in latest()])
+    sections = {"report": "\n\n".join(parts + [markdown(p) for p in latest()])}
+    for count in committed("traffic")[-1:]:
+        columns, rows, total = traffic_cells(count)
+        bullets = (f"- {note}" for note in traffic_notes(count))
+        table = tables.markdown(columns, [*rows, total])
+        sections["traffic"] = "\n".join([table, "", *bullets])
+    return sections
 
 
 def write_readme():
-    """Put the newest committed profiles into the README and draw them."""
+    """Put the newest committed records into the README and draw them."""
     text = README.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    README.write_text(f"{before}{BEGIN}\n{readme_section()}\n{END}{after}")
+    for name, section in readme_sections().items():
+        begin, end = (mark.format(name) for mark in MARKS)
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{section}\n{end}{rest.split(end)[1]}"
+    README.write_text(text)
     draw(latest(), PICTURE)
 
 

@@ -1,8 +1,8 @@
 """Which backend runs an operator, and why another cannot.
 
 `reference` is eager PyTorch on any device. The others are modules that offer `<op>_fwd` and
-`<op>_bwd`, and may offer `missing(device_type)`: why they cannot run there. The default depends on the device type alone; a backend that cannot run raises, nothing
-falls back.
+`<op>_bwd`, and may offer `missing(device_type)`: why they cannot run there. The default depends on
+the device type alone; a backend that cannot run raises, nothing falls back.
 """
 
 import contextlib

@@ -19,9 +19,9 @@ def _check_inputs(x, f, alpha, beta, weight, jx, segments, eps, carry):
 
 
 def _reference(x, f, alpha, beta, weight, jx, segments, eps, carry):
-    """jx is a function of x, whatever is given."""
-    y = reference.mvsplit_rmsnorm(x, f, alpha, beta, weight, segments, eps)
-    return (y, reference.segment_means(y.detach(), segments)) if carry else y
+    if carry:
+        return reference.mvsplit_rmsnorm_with_mean(x, f, alpha, beta, weight, jx, segments, eps)
+    return reference.mvsplit_rmsnorm(x, f, alpha, beta, weight, segments, eps)
 
 
 def _fake_fwd(x, f, alpha, beta, weight, jx, segments, eps, carry):

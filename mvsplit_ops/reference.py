@@ -78,6 +78,15 @@ def mvsplit_rmsnorm(x, f, alpha, beta, weight=None, segments=None, eps=1e-5):
     return rms_norm(z, weight, eps).to(x.dtype)
 
 
+def mvsplit_rmsnorm_with_mean(
+    x, f, alpha, beta, weight=None, jx=None, segments=None, eps=1e-5
+):
+    """mvsplit_rmsnorm and the segment means of its result; jx is a function of x, whatever comes."""
+    segments = [x.shape[1]] if segments is None else list(segments)
+    y = mvsplit_rmsnorm(x, f, alpha, beta, weight, segments, eps)
+    return y, segment_means(y.detach(), segments)
+
+
 def residual_rmsnorm(x, f, scale=None, weight=None, eps=1e-5):
     """RMSNorm(x + scale * f); a scale of None is 1."""
     z = x + (f if scale is None else scale * f)

@@ -3,13 +3,38 @@
 import pytest
 import torch
 
+import mvsplit_ops as mv
+from bench import interpreter
 from mvsplit_ops import _C
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    interpreter.use()  # Triton's kernels on CPU tensors
 
 
 def pytest_generate_tests(metafunc):
-    """An OpSuite's `case` is each of its variants in turn."""
-    if "case" in metafunc.fixturenames and hasattr(metafunc.cls, "variants"):
+    """An OpSuite's `case` is each of its variants in turn, its `backend` each that runs here.
+
+    A test that asks for `capability` meets the cpu backend with every instruction set.
+    """
+    if not hasattr(metafunc.cls, "variants"):
+        return
+    if "case" in metafunc.fixturenames:
         metafunc.parametrize("case", list(metafunc.cls.variants), indirect=True)
+    if "capability" in metafunc.fixturenames:
+        cpu = [("cpu", name) for name in _C.capabilities()]
+        pairs = [*cpu, ("triton", "gpu" if GPU else "interpreted")]
+        metafunc.parametrize(("backend", "capability"), pairs, indirect=True)
+    else:
+        metafunc.parametrize("backend", ("cpu", "triton"), indirect=True)
+
+
+@pytest.fixture
+def backend(request):
+    """The backend of every call without one; new tensors are on its device."""
+    device = "cuda" if GPU and request.param != "cpu" else "cpu"
+    with mv.use_backend(request.param), torch.device(device):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)
@@ -17,11 +42,12 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=_C.capabilities())
+@pytest.fixture
 def capability(request):
-    """Each instruction set that this processor runs, in turn."""
+    """Each instruction set that this processor runs, in turn; the name of another backend's."""
     before = _C.capability()
-    _C.set_capability(request.param)
+    if request.param in _C.capabilities():
+        _C.set_capability(request.param)
     yield request.param
     _C.set_capability(before)
 

@@ -8,20 +8,32 @@ import contextlib
 import copy
 import math
 import re
+from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import mvsplit_ops as mv
 from bench.accuracy import cotangent, double, require_accurate, require_case, results_and_gradients
 from bench.cases import Case, Shape, in_order
+from bench.traffic import Recorder
 
-ANY_INPUT = settings(max_examples=25, deadline=None, derandomize=True)
+@dataclass(frozen=True)
+class Effort:
+    """How much a test asks of a backend: an interpreted kernel takes a hundred times as long."""
+
+    examples: int
+    tokens: int  # of a segment, at most
+    long: tuple[int, int]  # segments of several tasks or programs
+
+
+EFFORT = {"cpu": Effort(25, 70, (70, 65)), "triton": Effort(25, 70, (70, 65))}
+if not torch.cuda.is_available():
+    EFFORT["triton"] = Effort(3, 20, (20, 17))
 SMALL = Shape(B=2, segments=(5, 1, 3), D=48, H=3, F=20)
 PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -37,8 +49,9 @@ def variant(op, inputs, call=in_order, **kwargs):
 
 
 def make(case, shape=SMALL, seed=0, **changes):
-    shape = Shape(**{**vars(shape), **changes})
-    return case.inputs(shape, torch.Generator().manual_seed(seed))
+    device = torch.get_default_device().type  # conftest's `backend` sets it
+    shape = Shape(**{**vars(shape), "device": device, **changes})
+    return case.inputs(shape, torch.Generator("cpu").manual_seed(seed))
 
 
 def gradients(function, inputs, cotangent_of):
@@ -54,24 +67,11 @@ def requiring_grad(inputs):
     return [t.detach().requires_grad_() for t in activations], constants, kwargs
 
 
-class Recorder(TorchDispatchMode):
-    """Keeps the arguments of every mvsplit op that runs."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "mvsplit":
-            self.calls.append((func, args))
-        return func(*args, **(kwargs or {}))
-
-
 @st.composite
-def shapes(draw, *dtypes):
+def shapes(draw, tokens, *dtypes):
     """B, T, D, H, one to four segments, tokens and widths that are a multiple of nothing."""
     H = draw(st.integers(1, 3))
-    segments = tuple(draw(st.lists(st.integers(1, 70), min_size=1, max_size=4)))
+    segments = tuple(draw(st.lists(st.integers(1, tokens), min_size=1, max_size=4)))
     return Shape(
         B=draw(st.integers(1, 3)),
         segments=segments,
@@ -82,10 +82,26 @@ def shapes(draw, *dtypes):
     )
 
 
+def any_input(backend, *dtypes):
+    """Runs a function of a shape and a seed on many of them."""
+
+    def decorate(run):
+        effort = EFFORT[backend]
+        examples = settings(max_examples=effort.examples, deadline=None, derandomize=True)
+        drawn = given(shape=shapes(effort.tokens, *dtypes), seed=st.integers(0, 1000))
+        examples(drawn(run))()
+
+    return decorate
+
+
 class OpSuite:
-    """Subclasses set `variants`: {name: Case}."""
+    """Subclasses set `variants`: {name: Case}. Every test runs on every backend of conftest."""
 
     variants: dict
+
+    @pytest.fixture(autouse=True)
+    def on_each_backend(self, backend):
+        pass
 
     @pytest.fixture
     def case(self, request):
@@ -96,33 +112,29 @@ class OpSuite:
         require_case(case, f"{dtype} {capability}", case.fused(), make(case, dtype=dtype))
 
     @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
-    def test_as_accurate_as_eager_at_whole_vectors(self, case, dtype, capability):
-        inputs = make(case, dtype=dtype, B=3, segments=(40, 33), D=256, H=2, F=128)
+    def test_as_accurate_as_eager_at_whole_vectors(self, case, dtype, backend, capability):
+        inputs = make(case, dtype=dtype, segments=EFFORT[backend].long, D=256, H=2, F=128)
         require_case(case, f"{dtype} {capability}", case.fused(), inputs)
 
     def test_gradcheck(self, case, capability):
         activations, constants, kwargs = double(make(case))
         leaves = [t.requires_grad_() for t in activations]
-        run = case.fused()
-        assert torch.autograd.gradcheck(lambda *a: run(a, constants, kwargs), leaves)
+        run, fast = case.fused(), capability == "interpreted"
+        assert torch.autograd.gradcheck(
+            lambda *a: run(a, constants, kwargs), leaves, fast_mode=fast
+        )
 
-    def test_any_shape_equals_the_definition(self, case):
-        @given(shape=shapes(torch.float64), seed=st.integers(0, 1000))
-        @ANY_INPUT
+    def test_any_shape_equals_the_definition(self, case, backend):
+        @any_input(backend, torch.float64)
         def run(shape, seed):
             self._equals_the_definition(case, double(make(case, shape, seed)))
 
-        run()
-
-    def test_any_shape_is_as_accurate_as_eager(self, case):
-        @given(shape=shapes(torch.float32, torch.bfloat16), seed=st.integers(0, 1000))
-        @ANY_INPUT
+    def test_any_shape_is_as_accurate_as_eager(self, case, backend):
+        @any_input(backend, torch.float32, torch.bfloat16)
         def run(shape, seed):
             # The rule compares largest errors: among a handful of elements they are luck.
             assume(shape.T * shape.D >= 1000 and min(shape.D, shape.F) >= 16)
             require_case(case, str(shape), case.fused(), make(case, shape, seed))
-
-        run()
 
     def test_float64_equals_the_definition(self, case, capability):
         self._equals_the_definition(case, double(make(case)))
@@ -138,9 +150,9 @@ class OpSuite:
         recorder = Recorder()
         with recorder:
             results_and_gradients(case.fused(), *inputs)
-        names = {func.__name__.split(".")[0] for func, _ in recorder.calls}
+        names = {func.__name__.split(".")[0] for func, _, _ in recorder.calls}
         assert names == {f"{case.op}_fwd", f"{case.op}_bwd"}
-        for func, args in recorder.calls:
+        for func, args, _ in recorder.calls:
             opcheck(func, [t.detach() if isinstance(t, torch.Tensor) else t for t in args])
         public = []
         case.call(lambda *a, **k: public.append((a, k)), *requiring_grad(inputs))
@@ -183,7 +195,7 @@ class OpSuite:
 
     def test_column_strided_gradient(self, case):
         def strided(t):
-            wide = cotangent(torch.empty(*t.shape, 2), torch.Generator().manual_seed(1)).to(t.dtype)
+            wide = cotangent(torch.empty(*t.shape, 2), torch.Generator("cpu").manual_seed(1)).to(t.dtype)
             return wide[..., 0]
 
         self._same_gradients(case, strided)
@@ -192,7 +204,7 @@ class OpSuite:
         """What scaled_dot_product_attention hands back: (B, H, T, Dh) seen as (B, T, H, Dh)."""
 
         def transposed(t):
-            g = cotangent(torch.empty(t.shape), torch.Generator().manual_seed(2)).to(t.dtype)
+            g = cotangent(torch.empty(t.shape), torch.Generator("cpu").manual_seed(2)).to(t.dtype)
             dims = (1, 2) if t.dim() > 2 else (0, 1)
             return g.transpose(*dims).contiguous().transpose(*dims)
 
@@ -216,13 +228,15 @@ class OpSuite:
             leaves = [view(t).detach().requires_grad_() for t in activations]
             assert all(torch.equal(a, b) for a, b in zip(leaves, activations, strict=True))
             outputs = case.fused()(leaves, constants, kwargs)
-            g = torch.Generator().manual_seed(0)
+            g = torch.Generator("cpu").manual_seed(0)
             grads = torch.autograd.grad(outputs, leaves, [cotangent(t, g) for t in outputs])
             for a, b in zip((*outputs, *grads), dense[0] + dense[1], strict=True):
                 assert torch.equal(a, b)
 
-    def test_bit_identical_from_run_to_run_and_for_any_number_of_threads(self, case, threads):
-        inputs = make(case, B=3, segments=(70, 65), D=96)
+    def test_bit_identical_from_run_to_run_and_for_any_number_of_threads(
+        self, case, backend, threads
+    ):
+        inputs = make(case, B=3, segments=EFFORT[backend].long, D=96)
         runs = []
         for count in (1, 2, 3, 2):
             threads(count)
@@ -253,14 +267,14 @@ class OpSuite:
 
     def test_autocast_casts_activations_alone(self, case):
         activations, constants, kwargs = make(case, dtype=torch.float32)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(activations[0].device.type, dtype=torch.bfloat16):
             outputs = case.fused()(activations, constants, kwargs)
         expected = case.fused()(
             [t.bfloat16() if t.dim() > 1 else t for t in activations], constants, kwargs
         )
         for a, b in zip(outputs, expected, strict=True):
             assert a.dtype == torch.bfloat16 and torch.equal(a, b)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(activations[0].device.type, dtype=torch.bfloat16):
             outputs = case.fused("reference")(activations, constants, kwargs)
         assert {t.dtype for t in outputs} == {torch.bfloat16}
 
@@ -309,7 +323,7 @@ class OpSuite:
         def gradient(function, i, tensors, tables):
             leaves = [t.detach().requires_grad_(j == i) for j, t in enumerate(tensors)]
             outputs = function(leaves, tables, kwargs)
-            generator = torch.Generator().manual_seed(0)
+            generator = torch.Generator("cpu").manual_seed(0)
             torch.autograd.backward(outputs[0], cotangent(outputs[0], generator))
             return torch.zeros_like(leaves[i]) if leaves[i].grad is None else leaves[i].grad
 

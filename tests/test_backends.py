@@ -1,3 +1,4 @@
+import os
 import pathlib
 import subprocess
 import sys
@@ -6,6 +7,7 @@ import pytest
 import torch
 
 import mvsplit_ops as mv
+from bench.traffic import Recorder
 from mvsplit_ops import _C, _backends
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -13,8 +15,6 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def which_backend(x):
     """The backend that a call of swiglu takes, read from the op that runs."""
-    from op_suite import Recorder
-
     with Recorder() as recorder:
         mv.swiglu(x)
     return recorder.calls[0][1][-1] if recorder.calls else "reference"
@@ -41,16 +41,16 @@ def test_use_backend_nests_and_ends():
 
 def test_the_argument_goes_before_use_backend():
     x = torch.randn(4)
-    with mv.use_backend("triton"):
+    with mv.use_backend("cuda"):
         assert torch.equal(mv.swiglu(x, backend="reference"), mv.reference.swiglu(x))
-        with pytest.raises(RuntimeError, match="swiglu: backend 'triton' cannot run here"):
+        with pytest.raises(RuntimeError, match="swiglu: backend 'cuda' cannot run here"):
             mv.swiglu(x)
 
 
 def test_use_backend_is_seen_by_compiled_code():
     compiled = torch.compile(lambda x: mv.swiglu(x), fullgraph=True, backend="aot_eager")
     compiled(torch.ones(2))
-    with mv.use_backend("triton"), pytest.raises(Exception, match="cannot run here"):
+    with mv.use_backend("cuda"), pytest.raises(Exception, match="cannot run here"):
         compiled(torch.ones(2))
 
 
@@ -113,6 +113,32 @@ def test_without_the_extension_the_remedy_is_named():
     )
 
 
+def test_triton_without_gpu_or_interpreter_names_the_remedy():
+    code = (
+        "import torch, mvsplit_ops as mv\n"
+        "try: mv.swiglu(torch.randn(4), backend='triton')\n"
+        "except RuntimeError as e: print(e)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert (
+        "swiglu: backend 'triton' cannot run here: CPU tensors need Triton's interpreter; "
+        "set TRITON_INTERPRET=1 before Python starts; or pass backend='reference'" in done.stdout
+    )
+
+
+def test_an_old_triton_is_named(monkeypatch):
+    from mvsplit_ops.triton_kernels import _common
+
+    monkeypatch.setattr(_common.triton, "__version__", "3.4.0")
+    assert _common.missing("cuda").startswith("Triton 3.5 or newer is needed, found 3.4.0")
+    monkeypatch.setattr(_common.triton, "__version__", "3.10.0+git1")
+    assert _common.missing("cuda") is None
+
+
 def test_report_of_what_runs_where():
     command = [sys.executable, "-m", "mvsplit_ops"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -145,29 +171,32 @@ def test_instruction_sets_can_be_chosen_and_a_wrong_one_is_named():
     _C.set_capability(before)
 
 
-def test_backward_ops_stay_inside_their_tensors():
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_backward_ops_stay_inside_their_tensors(backend):
     """A direct call of a backward kernel with shapes that do not belong together."""
     ops, x = torch.ops.mvsplit, torch.randn(2, 4, 8)
     q, rstd, a = torch.randn(2, 4, 1, 8), torch.rand(2, 4), torch.rand(8)
     mean = torch.rand(2, 1, 8)
     calls = (
-        lambda: ops.swiglu_bwd(torch.randn(2, 4, 3), x, "cpu"),
-        lambda: ops.swiglu_bwd(torch.randn(2, 4, 4).double(), x, "cpu"),
-        lambda: ops.rope_bwd(q, torch.rand(3, 4), torch.rand(3, 4), False, False, "cpu"),
+        lambda: ops.swiglu_bwd(torch.randn(2, 4, 3), x, backend),
+        lambda: ops.swiglu_bwd(torch.randn(2, 4, 4).double(), x, backend),
+        lambda: ops.rope_bwd(q, torch.rand(3, 4), torch.rand(3, 4), False, False, backend),
         lambda: ops.qk_norm_bwd(
-            q, q, q[:1], q, rstd[..., None], rstd[..., None], None, None, "cpu"
+            q, q, q[:1], q, rstd[..., None], rstd[..., None], None, None, backend
         ),
-        lambda: ops.qk_norm_bwd(q, q, q, q, rstd, rstd[..., None], None, None, "cpu"),
-        lambda: ops.residual_rmsnorm_bwd(x, x[:1], None, None, None, rstd, "cpu"),
-        lambda: ops.residual_rmsnorm_bwd(x, x, None, a, None, rstd, "cpu"),
-        lambda: ops.mvsplit_rmsnorm_bwd(x, x, x, a, a, None, rstd, mean, mean, [3], "cpu"),
-        lambda: ops.mvsplit_rmsnorm_bwd(x, x, x, a, a, None, rstd, mean, mean[:1], [4], "cpu"),
-        lambda: ops.mvsplit_rmsnorm_bwd(x, x, x, a, a, None, rstd[:1], mean, mean, [4], "cpu"),
-        lambda: ops.mvsplit_rmsnorm_bwd(x, x, x, a[:4], a, None, rstd, mean, mean, [4], "cpu"),
+        lambda: ops.qk_norm_bwd(q, q, q, q, rstd, rstd[..., None], None, None, backend),
+        lambda: ops.residual_rmsnorm_bwd(x, x[:1], None, None, None, rstd, backend),
+        lambda: ops.residual_rmsnorm_bwd(x, x, None, a, None, rstd, backend),
+        lambda: ops.mvsplit_rmsnorm_bwd(x, x, x, a, a, None, rstd, mean, mean, [3], backend),
+        lambda: ops.mvsplit_rmsnorm_bwd(x, x, x, a, a, None, rstd, mean, mean[:1], [4], backend),
+        lambda: ops.mvsplit_rmsnorm_bwd(x, x, x, a, a, None, rstd[:1], mean, mean, [4], backend),
+        lambda: ops.mvsplit_rmsnorm_bwd(x, x, x, a[:4], a, None, rstd, mean, mean, [4], backend),
         lambda: ops.mvsplit_rmsnorm_bwd(
-            x, x.bfloat16(), x, a, a, None, rstd, mean, mean, [4], "cpu"
+            x, x.bfloat16(), x, a, a, None, rstd, mean, mean, [4], backend
         ),
     )
+    if torch.cuda.is_available() and backend == "triton":
+        pytest.skip("on a GPU the interpreter is off, and these tensors are on the CPU")
     for call in calls:
         with pytest.raises(RuntimeError, match="mvsplit_ops: "):
             call()

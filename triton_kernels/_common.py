@@ -46,11 +46,10 @@ def new_statistics(like, *shape):
 
 def require(name, t, shape, *dtypes):
     """The arguments of a backward kernel belong together: it reads no byte beside its tensors."""
-    if tuple(t.shape) != tuple(shape) or t.dtype not in dtypes:
-        dtypes = " or ".join(map(str, dtypes))
-        raise RuntimeError(
-            f"mvsplit_ops: {name} must be {dtypes} {tuple(shape)}, got {t.dtype} {tuple(t.shape)}"
-        )
+    got = None if t is None else (t.dtype, tuple(t.shape))
+    if got is None or got[1] != tuple(shape) or got[0] not in dtypes:
+        expected = f"{' or '.join(map(str, dict.fromkeys(dtypes)))} {tuple(shape)}"
+        raise RuntimeError(f"mvsplit_ops: {name} must be {expected}, got {got}")
 
 
 def ceil_div(a, b):

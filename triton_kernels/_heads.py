@@ -46,10 +46,10 @@ MOST_PARTIALS = 1024  # rows of dw: some programs for each of 132 SMs, and littl
 
 def forward(xs, weights, tables, eps, *, interleaved, conjugate, norm, norm_first):
     """Of x, or of q and k: [result], [rstd or None]."""
-    xs = [_with_rows(x) for x in xs]
+    xs, weights = [_with_rows(x) for x in xs], [_vector(w) for w in weights]
     ys = [new(x, x.shape) for x in xs]
     rstds = [new_statistics(x, *x.shape[:3]) if norm else None for x in xs]
-    tables, table_strides = _tables(tables)
+    tables, table_strides = _tables(tables, xs[0])
     strides = tuple(x.stride()[:3] for x in xs)
     tokens, options = _options(xs, tables, interleaved, conjugate, norm_first, FWD)
     launch(
@@ -68,20 +68,22 @@ def forward(xs, weights, tables, eps, *, interleaved, conjugate, norm, norm_firs
 def backward(dys, kept, rstds, weights, tables, *, interleaved, conjugate, norm_first):
     """Of q and k: [dx], [dw; empty without a weight]."""
     for dy, x, rstd, weight in zip(dys, kept, rstds, weights, strict=True):
-        require("dy", dy, (*kept[0].shape[:2], *x.shape[2:]), kept[0].dtype)
+        B, T, _, D = kept[0].shape
+        require("dy", dy, (B, T, x.shape[2], D), kept[0].dtype)
         require("y", x, dy.shape, dy.dtype)
         require("rstd", rstd, x.shape[:3], accumulator(x))
         if weight is not None:
             require("weight", weight, x.shape[3:], torch.float32, x.dtype)
     dys, kept = [_with_rows(t) for t in dys], [_with_rows(t) for t in kept]
+    rstds, weights = [t.contiguous() for t in rstds], [_vector(w) for w in weights]
     dxs = [new(x, x.shape) for x in kept]
-    tables, table_strides = _tables(tables)
+    tables, table_strides = _tables(tables, kept[0])
     strides = tuple((*dy.stride()[:3], *x.stride()[:3]) for dy, x in zip(dys, kept, strict=True))
     tokens, options = _options(kept, tables, interleaved, conjugate, norm_first, BWD)
     per_program, weighted = options["BLOCK_T"], sum(w is not None for w in weights)
     if weighted:
         share = ceil_div(tokens, MOST_PARTIALS)
-        per_program *= ceil_div(share, per_program)
+        per_program *= max(1, ceil_div(share, per_program))
     programs = ceil_div(tokens, per_program)
     partials = new_statistics(kept[0], weighted, programs, kept[0].shape[3])
     launch(
@@ -102,11 +104,20 @@ def _with_rows(x):
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _tables(tables):
+def _vector(weight):
+    return None if weight is None else weight.contiguous()
+
+
+def _tables(tables, x):
     """cos and sin with rows of one stride, and their (sample, token) strides; (), () for none."""
     if not tables:
         return (), ()
     cos, sin = tables
+    B, T, _, D = x.shape
+    rows = max(T, cos.shape[-2])
+    expected = (B, rows, D // 2) if cos.dim() == 3 else (rows, D // 2)
+    for name, t in (("cos", cos), ("sin", sin)):
+        require(name, t, expected, torch.float32, x.dtype)
     if cos.stride(-1) != 1 or sin.stride() != cos.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
     return (cos, sin), (cos.stride(0) if cos.dim() == 3 else 0, cos.stride(-2))
