@@ -308,8 +308,7 @@ Five mvsplit_rmsnorm_fwd(const Tensor& x, const Tensor& f, const Tensor& alpha, 
 
 Five mvsplit_rmsnorm_bwd(const Tensor& dy, const Tensor& kept, const Tensor& f, const Tensor& alpha,
                          const Tensor& beta, const OptTensor& weight, const Tensor& rstd,
-                         const Tensor& jx, const Tensor& jf,
-                         const std::vector<int64_t>& segments) {
+                         const Tensor& jx, const Tensor& jf, const std::vector<int64_t>& segments) {
     Merge m(dy);
     MergeArgs& a = m.args;
     m.set_segments(segments);

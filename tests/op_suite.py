@@ -119,7 +119,8 @@ class OpSuite:
     def test_gradcheck(self, case, capability):
         activations, constants, kwargs = double(make(case))
         leaves = [t.requires_grad_() for t in activations]
-        run, fast = case.fused(), capability == "interpreted"
+        # Element by element once; by random projections where only the instructions differ.
+        run, fast = case.fused(), capability != "DEFAULT"
         assert torch.autograd.gradcheck(
             lambda *a: run(a, constants, kwargs), leaves, fast_mode=fast
         )
@@ -132,8 +133,9 @@ class OpSuite:
     def test_any_shape_is_as_accurate_as_eager(self, case, backend):
         @any_input(backend, torch.float32, torch.bfloat16)
         def run(shape, seed):
-            # The rule compares largest errors: among a handful of elements they are luck.
-            assume(shape.T * shape.D >= 1000 and min(shape.D, shape.F) >= 16)
+            # The rule compares largest errors: among a handful of elements, such as those of a
+            # narrow parameter, they are luck.
+            assume(shape.T * shape.D >= 1000 and shape.D >= 64 and shape.F >= 16)
             require_case(case, str(shape), case.fused(), make(case, shape, seed))
 
     def test_float64_equals_the_definition(self, case, capability):

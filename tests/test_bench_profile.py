@@ -59,8 +59,8 @@ def test_the_total_counts_what_replaces_two_once():
 def test_a_record_survives_its_file(tmp_path):
     file = tmp_path / "runs.jsonl"
     first = a_profile([row()])
-    report.append_json(first, file)
-    report.append_json(a_profile([row(op="b")]), file)
+    report.append_json(first.to_json(), file)
+    report.append_json(a_profile([row(op="b")]).to_json(), file)
     records = [Profile.from_json(json.loads(line)) for line in file.read_text().splitlines()]
     assert records[0] == first and records[1].rows[0].op == "b"
 
@@ -152,8 +152,11 @@ def test_help_names_the_options():
 def test_readme_figures_are_those_of_the_records():
     """python -m bench report writes them; nobody types them."""
     text = (ROOT / "README.md").read_text()
-    section = text.split(report.BEGIN)[1].split(report.END)[0].strip()
-    assert section == report.readme_section()
+    sections = report.readme_sections()
+    assert set(sections) == {"report", "traffic"}
+    for name, section in sections.items():
+        begin, end = (mark.format(name) for mark in report.MARKS)
+        assert text.split(begin)[1].split(end)[0].strip() == section
 
 
 def test_the_picture_is_drawn(tmp_path):

@@ -25,6 +25,18 @@ def test_forward_is_the_operator():
     assert module.alpha.grad.dtype == torch.float32 and module.beta.grad.any()
 
 
+def test_a_chain_of_merges_carries_the_mean():
+    module = mv.MVSplitRMSNorm(16, init_alpha=0.2, init_beta=0.7)
+    x, f = (torch.randn(2, 6, 16) for _ in "xf")
+    y, jy = module(x, f, (4, 2), carry=True)
+    assert torch.equal(y, module(x, f, (4, 2)))
+    assert torch.allclose(jy, mv.reference.segment_means(y, (4, 2)))
+    plain = module(y, f, (4, 2))
+    assert torch.allclose(module(y, f, (4, 2), jx=jy), plain, atol=1e-6)
+    last, mean = module(y, f, (4, 2), jx=jy, carry=True)
+    assert torch.allclose(last, plain, atol=1e-6) and mean.shape == (2, 2, 16)
+
+
 def test_meta_device_has_shapes_and_runs_nothing():
     with torch.device("meta"):
         module, x = mv.MVSplitRMSNorm(16), torch.empty(2, 6, 16)

@@ -1,7 +1,9 @@
 import pytest
 import torch
+from torch.library import opcheck
 
 import mvsplit_ops as mv
+from bench.accuracy import double, results_and_gradients
 from bench.cases import randn
 from op_suite import OpSuite, make, variant
 
@@ -90,6 +92,86 @@ class TestMVSplitRMSNorm(OpSuite):
             y.data_ptr(),
             f.data_ptr(),
         }
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("name", ["plain", "weighted", "one segment"])
+    def test_the_mean_that_a_chain_carries(self, name, dtype):
+        """jy is the mean of y as stored; with it as jx the next merge is the same."""
+        shape = {"segments": (37, 5, 1), "D": 96, "dtype": dtype}
+        activations, _, kwargs = make(self.variants[name], **shape)
+        if dtype == torch.float64:
+            activations = [t.double() for t in activations]
+        y, jy = mv.mvsplit_rmsnorm_with_mean(*activations, **kwargs)
+        assert torch.equal(y, mv.mvsplit_rmsnorm(*activations, **kwargs))
+        segments = kwargs.get("segments", [43])
+        exact = mv.reference.segment_means(y.double(), segments)
+        assert jy.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert torch.allclose(jy.double(), exact, rtol=0, atol=1e-6)
+        x, *rest = activations
+        given = mv.reference.segment_means(x, segments)
+        plain = results_and_gradients(
+            lambda a, c, k: [mv.mvsplit_rmsnorm(*a, **k)], activations, (), kwargs
+        )
+        chained = results_and_gradients(
+            lambda a, c, k: [mv.mvsplit_rmsnorm_with_mean(*a, jx=given, **k)[0]],
+            *(activations, (), kwargs),
+        )
+        for got, want in zip(chained[0] + chained[1], plain[0] + plain[1], strict=True):
+            atol = 2 * torch.finfo(dtype).eps * want.abs().max().item()
+            assert torch.allclose(got, want, rtol=1e-4, atol=atol)
+
+    def test_a_given_mean_is_taken_and_not_computed(self):
+        """With alpha = 1 and f = 0 the merge is RMSNorm(x - jx): it shows which jx was taken."""
+        x, one = torch.randn(2, 6, 16), torch.ones(16)
+        f, jx = torch.zeros_like(x), torch.randn(2, 2, 16)
+        y, _ = mv.mvsplit_rmsnorm_with_mean(x, f, one, one, jx=jx, segments=(4, 2))
+        z = x - torch.cat((jx[:, :1].expand(2, 4, 16), jx[:, 1:].expand(2, 2, 16)), 1)
+        assert torch.allclose(y, mv.reference.rms_norm(z, None, 1e-5), atol=1e-5)
+
+    def test_the_carried_mean_has_no_gradient_and_takes_none(self):
+        x, f = (torch.randn(2, 6, 16, requires_grad=True) for _ in "xf")
+        a, jx = torch.rand(16), torch.randn(2, 1, 16, requires_grad=True)
+        for backend in (None, "reference"):
+            y, jy = mv.mvsplit_rmsnorm_with_mean(x, f, a, a, jx=jx, backend=backend)
+            assert y.requires_grad and not jy.requires_grad
+            y.sum().backward()
+            assert jx.grad is None
+
+    def test_opcheck_with_mean(self):
+        (x, f, alpha, beta), _, kwargs = make(self.variants["plain"], dtype=torch.float32)
+        x.requires_grad_()
+        jx = mv.reference.segment_means(x.detach(), kwargs["segments"])
+        op = torch.ops.mvsplit.mvsplit_rmsnorm_with_mean.default
+        for hint in (None, jx):
+            opcheck(op, (x, f, alpha, beta), {**kwargs, "jx": hint})
+
+    def test_a_compiled_chain_equals_an_eager_one(self):
+        def chain(x, f, alpha, beta, segments):
+            y, jy = mv.mvsplit_rmsnorm_with_mean(x, f, alpha, beta, segments=segments)
+            return mv.mvsplit_rmsnorm_with_mean(y, f, beta, alpha, jx=jy, segments=segments)
+
+        activations, _, kwargs = make(self.variants["plain"])
+        torch.compiler.reset()
+        compiled = torch.compile(chain, fullgraph=True, backend="aot_eager")
+        for got, want in zip(
+            compiled(*activations, **kwargs), chain(*activations, **kwargs), strict=True
+        ):
+            assert torch.equal(got, want)
+
+    def test_bad_mean(self):
+        x, a = torch.randn(2, 7, 8, dtype=torch.bfloat16), torch.rand(8)
+        with self.refuses("jx must be float32 (2, 2, 8), got float32 (2, 1, 8)"):
+            mv.mvsplit_rmsnorm_with_mean(x, x, a, a, jx=torch.zeros(2, 1, 8), segments=(4, 3))
+        with self.refuses("jx must be float32 (2, 1, 8), got bfloat16 (2, 1, 8)"):
+            mv.mvsplit_rmsnorm_with_mean(x, x, a, a, jx=x[:, :1])
+        with self.refuses(f"jx must be on {x.device}"):
+            mv.mvsplit_rmsnorm_with_mean(x, x, a, a, jx=torch.zeros(2, 1, 8, device="meta"))
+
+    def test_many_segments_of_any_length(self):
+        """Of one token, of less and of more than a program's rows."""
+        segments = (1, 16, 17, 1, 33, 2, 15, 1)
+        inputs = double(make(self.variants["plain"], segments=segments, B=1))
+        self._equals_the_definition(self.variants["plain"], inputs)
 
     @pytest.mark.parametrize("segments", [(3, 3), (5, 3), (7, 0), (8, -1), ()], ids=str)
     def test_bad_segments(self, segments):

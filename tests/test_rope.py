@@ -14,7 +14,7 @@ def one_head_set(shape, g):
 
 def a_table_for_each_sample(shape, g):
     (x,), (cos, sin), _ = one_head_set(shape, g)
-    turns = torch.arange(1, shape.B + 1, dtype=cos.dtype).view(-1, 1, 1)
+    turns = torch.arange(1, shape.B + 1, dtype=cos.dtype, device=cos.device).view(-1, 1, 1)
     return (x,), (cos * turns, sin / turns), {}
 
 

@@ -3,7 +3,9 @@
 // With jx, jf the means of a segment of Ts tokens, and m computed once for a segment:
 //     m = (alpha - beta)*jf - alpha*jx     z = x + beta*f + m
 //     dx = dz - alpha*jdz     df = beta*dz + (alpha - beta)*jdz     jdz = mean_t dz
-//     dalpha = sum Ts*jdz*(jf - jx)     dbeta = sum (sum_t dz*f - Ts*jdz*jf)
+//     dalpha = sum Ts*jdz*(jf - jx)     dbeta = sum dz*(f - jf)
+// f is centred before it is summed: where the token mean dominates, sum dz*f less its mean's part
+// would be the small difference of large numbers.
 // Bytes, in N*D*sizeof(T): forward must move 3 (x, f, y), backward 5 (f, dy, y, dx, df; x in place
 // of y with a weight). Both sweep twice, statistics and then apply, over a wave of samples whose
 // tensors fit the cores' own caches, so that the second sweep reads no memory.
@@ -143,9 +145,9 @@ void forward(const MergeArgs& a) {
             const RowParams<T> p{v.beta, &m[(in_wave * a.S + t.segment) * D], v.weight};
             T* const y = static_cast<T*>(a.out) + b * a.T * D;
             for (int64_t row = t.begin; row < t.end; ++row)
-                v.rstd[b * a.T + row] = forward_row<T, true, true>(
-                    v.x + (b * a.T + row) * D, v.f + (b * a.T + row) * D, y + row * D, p,
-                    scratch.data(), D, a.eps);
+                v.rstd[b * a.T + row] =
+                    forward_row<T, true, true>(v.x + (b * a.T + row) * D, v.f + (b * a.T + row) * D,
+                                               y + row * D, p, scratch.data(), D, a.eps);
             if (jy) sum_columns(y + t.begin * D, t.end - t.begin, D, &partials[i * 2 * D]);
         });
         if (jy)
@@ -159,10 +161,11 @@ void forward(const MergeArgs& a) {
 }
 
 // First backward sweep over the rows of one task: mean_d(g*n) of each row, and the column sums of
-// dz, dz*f and, with a weight, dy*n.
+// dz, dz*(f - jf) and, with a weight, dy*n; jf of the task's segment.
 template <class T, bool has_weight>
-MVSPLIT_ROW void sum_gradients(const Views<T>& v, const RowParams<T>& p, int64_t begin, int64_t end,
-                               int64_t D, acc_t<T>* means, acc_t<T>* sums) {
+MVSPLIT_ROW void sum_gradients(const Views<T>& v, const RowParams<T>& p, const acc_t<T>* jf,
+                               int64_t begin, int64_t end, int64_t D, acc_t<T>* means,
+                               acc_t<T>* sums) {
     using Norm = Normalised<T, true, true, has_weight>;
     const T* kept = has_weight ? v.x : v.y;
     for (int64_t row = begin; row < end; row += kGroup) {
@@ -177,12 +180,13 @@ MVSPLIT_ROW void sum_gradients(const Views<T>& v, const RowParams<T>& p, int64_t
         }
         for_chunks<T>(D, [&](int64_t i, auto n) {
             Acc<T> sdz(0), sdzf(0), sdyn(0);
+            const Acc<T> mean_f = load_acc<T>(jf + i, n);
             for (int k = 0; k < count; ++k) {
                 const int64_t at = (row + k) * D;
                 const Acc<T> nk = norm[k](p, i, n);
                 const Acc<T> d = dz[k](weighted<T, has_weight>(v.dy + at, p, i, n), nk);
                 sdz = sdz + d;
-                sdzf = fmadd(d, load(v.f + at + i, n), sdzf);
+                sdzf = fmadd(d, load(v.f + at + i, n) - mean_f, sdzf);
                 if constexpr (has_weight) sdyn = fmadd(load(v.dy + at + i, n), nk, sdyn);
             }
             if (row > begin) {
@@ -240,7 +244,8 @@ void backward(const MergeArgs& a) {
                 for (int64_t u = 0; u < units; ++u) store_m(v, b0 * a.S + u, D, d, &m[u * D], n);
             });
         for_tasks(plan, b0, b1, [&](int64_t b, int64_t in_wave, const Task& t, int64_t i) {
-            sum_gradients<T, has_weight>(v, params(in_wave * a.S + t.segment), b * a.T + t.begin,
+            sum_gradients<T, has_weight>(v, params(in_wave * a.S + t.segment),
+                                         v.jf + (b * a.S + t.segment) * D, b * a.T + t.begin,
                                          b * a.T + t.end, D, means.data(), &partials[i * width]);
         });
         for_columns<T>(D, [&](int64_t d, auto n) {
@@ -257,7 +262,7 @@ void backward(const MergeArgs& a) {
                 const Acc<T> jf = load_acc<T>(v.jf + (b0 * a.S + u) * D + d, n);
                 const Acc<T> jdz = sdz / Acc<T>(static_cast<A>(a.segments[s]));
                 total[0] += sdz * (jf - jx);
-                total[1] += sdzf - sdz * jf;
+                total[1] += sdzf;
                 if constexpr (has_weight)
                     total[2] += column_sum<T>(&partials[2 * D], first, last, width, d, n);
                 store_acc<T>(&shift[u * 2 * D + d], alpha * jdz, n);

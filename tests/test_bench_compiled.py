@@ -1,0 +1,118 @@
+"""Triton's kernels as compiled for GPUs that are not here, at the paper's shape."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from bench import report
+from bench.compiled import ARCHITECTURES, Kernel, widths
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# In a process of its own: in this one Triton interprets. Every operator on every architecture, and
+# every variant of the operators' tests for sm_90.
+MEASURE = """
+import json, sys, dataclasses
+sys.path.insert(0, "tests")
+import test_mvsplit_rmsnorm, test_qk_norm, test_residual_rmsnorm, test_rope, test_rope_qk_norm
+from bench import compiled
+from bench.cases import Shape
+kernels = compiled.measure(Shape())
+modules = test_mvsplit_rmsnorm, test_qk_norm, test_residual_rmsnorm, test_rope, test_rope_qk_norm
+variants = [
+    case
+    for module in modules
+    for suite in vars(module).values() if hasattr(suite, "variants")
+    for case in suite.variants.values()
+]
+kernels += compiled.measure(Shape(), (90,), cases=variants)
+print(json.dumps([dataclasses.asdict(k) for k in kernels]))
+"""
+
+
+def run_compiler(*command):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    records = json.loads(run_compiler(sys.executable, "-c", MEASURE))
+    as_ints = {"loads", "stores"}
+    return [
+        Kernel(**{k: {int(b): n for b, n in v.items()} if k in as_ints else v for k, v in r.items()})
+        for r in records
+    ]
+
+
+def test_every_operator_is_compiled_for_every_architecture(kernels):
+    directions = {
+        f"{op} {direction}"
+        for op in ("rope", "qk_norm", "rope_qk_norm", "swiglu", "mvsplit_rmsnorm", "residual_rmsnorm")
+        for direction in ("fwd", "bwd")
+    }
+    for architecture in ARCHITECTURES:
+        found = {k.call for k in kernels if k.architecture == architecture}
+        assert directions | {"mvsplit_rmsnorm_with_mean fwd"} <= found
+
+
+def test_no_kernel_spills_or_takes_more_than_128_registers(kernels):
+    for kernel in kernels:
+        assert kernel.spilled == 0 and kernel.registers <= 128, kernel
+
+
+def test_a_kernel_compiles_within_20_seconds(kernels):
+    """Not a measurement but a bound on code size: the published backward takes 315 s, ours 1."""
+    assert max(k.seconds for k in kernels) < 20
+
+
+# They write means and sums, float32 of a few columns each, and no activation.
+WRITE_NO_ACTIVATION = {"_means", "_bwd_means", "_sum_rows"}
+
+
+def test_activations_move_in_16_byte_accesses(kernels):
+    """bf16 in 128 bits; narrower are scalars of a row and float32 vectors, 32 bits or more."""
+    for kernel in kernels:
+        assert 128 in kernel.loads, kernel
+        assert 128 in kernel.stores or kernel.name in WRITE_NO_ACTIVATION, kernel
+        narrow_parameters = kernel.name in ("_means", "_bwd_apply")  # alpha and beta in bf16
+        assert 16 not in kernel.stores, kernel
+        assert 16 not in kernel.loads or narrow_parameters, kernel
+
+
+def test_widths_are_read_from_ptx():
+    ptx = """
+        ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+        @%p1 ld.global.L1::evict_last.v2.b64 { %rd5, %rd6 }, [ %rd1 + 0 ];
+        ld.global.cg.b32 { %r5 }, [ %rd2 + 0 ];
+        ld.shared.v4.b32 { %r1, %r2, %r3, %r4 }, [ %r9 ];
+        st.global.b16 [ %rd3 + 0 ], { %rs1 };
+    """
+    assert widths(ptx, "ld") == {128: 2, 32: 1} and widths(ptx, "st") == {16: 1}
+
+
+def test_table():
+    kernel = Kernel("swiglu fwd", "_fwd", 90, 4, 32, 0, 512, {128: 4, 32: 1}, {128: 2}, 3, 0.25)
+    table = report.kernel_table([kernel, dataclasses.replace(kernel, spilled=8)])
+    assert [list(c.cells)[0] for c in table.columns] == [
+        *("swiglu fwd", "_fwd", "90", "4", "32", "0", "512", "128x4 32x1", "128x2", "3", "0.2"),
+    ]
+
+
+def test_command():
+    command = [sys.executable, "-m", "bench", "compile", "--op", "swiglu", "--arch", "90"]
+    assert "swiglu bwd" in run_compiler(*command)
+
+
+def test_an_interpreting_process_says_so():
+    command = [sys.executable, "-m", "bench", "compile", "--op", "swiglu"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and "unset TRITON_INTERPRET to compile" in done.stderr
