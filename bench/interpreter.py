@@ -19,7 +19,8 @@ def use():
 
     if not triton.knobs.runtime.interpret:
         raise RuntimeError(
-            "Triton was imported to compile its kernels; set TRITON_INTERPRET=1 before Python starts"
+            "Triton was imported to compile its kernels; "
+            "set TRITON_INTERPRET=1 before Python starts"
         )
     _round_to_nearest()
 

@@ -1,4 +1,4 @@
-"""A table of strings, on a terminal or in Markdown. The first column is text, the others figures."""
+"""A table of strings, on a terminal or in Markdown: a column of text, then columns of figures."""
 
 
 def terminal(title, columns, rows, caption=(), total=None):

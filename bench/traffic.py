@@ -169,4 +169,3 @@ def _bytes(t):
     for size, stride in zip(t.shape, t.stride(), strict=True):
         elements *= min(size, 1) if stride == 0 else size
     return elements * t.element_size()
-

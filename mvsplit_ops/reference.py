@@ -78,10 +78,8 @@ def mvsplit_rmsnorm(x, f, alpha, beta, weight=None, segments=None, eps=1e-5):
     return rms_norm(z, weight, eps).to(x.dtype)
 
 
-def mvsplit_rmsnorm_with_mean(
-    x, f, alpha, beta, weight=None, jx=None, segments=None, eps=1e-5
-):
-    """mvsplit_rmsnorm and the segment means of its result; jx is a function of x, whatever comes."""
+def mvsplit_rmsnorm_with_mean(x, f, alpha, beta, weight=None, jx=None, segments=None, eps=1e-5):
+    """mvsplit_rmsnorm and the segment means of its result; jx is a function of x in any case."""
     segments = [x.shape[1]] if segments is None else list(segments)
     y = mvsplit_rmsnorm(x, f, alpha, beta, weight, segments, eps)
     return y, segment_means(y.detach(), segments)

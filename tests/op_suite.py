@@ -22,6 +22,7 @@ from bench.accuracy import cotangent, double, require_accurate, require_case, re
 from bench.cases import Case, Shape, in_order
 from bench.traffic import Recorder
 
+
 @dataclass(frozen=True)
 class Effort:
     """How much a test asks of a backend: an interpreted kernel takes a hundred times as long."""
@@ -197,7 +198,9 @@ class OpSuite:
 
     def test_column_strided_gradient(self, case):
         def strided(t):
-            wide = cotangent(torch.empty(*t.shape, 2), torch.Generator("cpu").manual_seed(1)).to(t.dtype)
+            wide = cotangent(torch.empty(*t.shape, 2), torch.Generator("cpu").manual_seed(1)).to(
+                t.dtype
+            )
             return wide[..., 0]
 
         self._same_gradients(case, strided)

@@ -11,6 +11,7 @@ import pytest
 
 from bench import report
 from bench.compiled import ARCHITECTURES, Kernel, widths
+from mvsplit_ops import _backends
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -45,19 +46,14 @@ def run_compiler(*command):
 @pytest.fixture(scope="module")
 def kernels():
     records = json.loads(run_compiler(sys.executable, "-c", MEASURE))
-    as_ints = {"loads", "stores"}
-    return [
-        Kernel(**{k: {int(b): n for b, n in v.items()} if k in as_ints else v for k, v in r.items()})
-        for r in records
-    ]
+    for record in records:
+        for widths_of in ("loads", "stores"):
+            record[widths_of] = {int(bits): n for bits, n in record[widths_of].items()}
+    return [Kernel(**record) for record in records]
 
 
 def test_every_operator_is_compiled_for_every_architecture(kernels):
-    directions = {
-        f"{op} {direction}"
-        for op in ("rope", "qk_norm", "rope_qk_norm", "swiglu", "mvsplit_rmsnorm", "residual_rmsnorm")
-        for direction in ("fwd", "bwd")
-    }
+    directions = {f"{op} {direction}" for op in _backends.OPS for direction in ("fwd", "bwd")}
     for architecture in ARCHITECTURES:
         found = {k.call for k in kernels if k.architecture == architecture}
         assert directions | {"mvsplit_rmsnorm_with_mean fwd"} <= found

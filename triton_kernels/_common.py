@@ -12,8 +12,8 @@ OLDEST = (3, 5)
 def missing(device_type):
     """Why Triton's kernels cannot run on tensors of a device type; None when they can."""
     if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
-        needed = ".".join(map(str, OLDEST))
-        return f"Triton {needed} or newer is needed, found {triton.__version__}; pip install -U triton"
+        needed, found = ".".join(map(str, OLDEST)), triton.__version__
+        return f"Triton {needed} or newer is needed, found {found}; run pip install -U triton"
     if device_type == "cpu" and not INTERPRETED:
         return "CPU tensors need Triton's interpreter; set TRITON_INTERPRET=1 before Python starts"
     return None
@@ -75,9 +75,7 @@ def sum_rows(partials):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _sum_rows(
-    partials, sums, rows, width: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _sum_rows(partials, sums, rows, width: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     slices = tl.cdiv(width, COLUMNS)
     output = tl.program_id(0) // slices
     d = (tl.program_id(0) % slices) * COLUMNS + tl.arange(0, COLUMNS)

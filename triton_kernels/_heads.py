@@ -327,9 +327,7 @@ def _angles(
 
 
 @triton.jit
-def _load_pairs(
-    row, live, D: tl.constexpr, BLOCK_C: tl.constexpr, INTERLEAVED: tl.constexpr
-):
+def _load_pairs(row, live, D: tl.constexpr, BLOCK_C: tl.constexpr, INTERLEAVED: tl.constexpr):
     """The pairs (x1, x2) of rows of D elements, each [.., .., BLOCK_C]."""
     HALF: tl.constexpr = (D + 1) // 2
     if INTERLEAVED:

@@ -12,9 +12,9 @@ import triton.language as tl
 
 from mvsplit_ops.triton_kernels._common import power_of_two, wide
 
-# Elements of each tensor a thread. 16: two 16-byte loads of bf16 in flight of each, and a backward of
-# three tensors stays below 128 registers. 8 where the weight, beta and the shift of a segment, and
-# three column sums, lie in registers too: 16 would take 160.
+# Elements of each tensor a thread. 16: two 16-byte loads of bf16 in flight of each, and a backward
+# of three tensors stays below 128 registers. 8 where the weight, beta and the shift of a segment,
+# and three column sums, lie in registers too: 16 would take 160.
 ELEMENTS = {"plain": 16, "weighted backward": 8}
 WARPS = 4  # at least: what makes a row of the paper's D = 1024 a tile of two rows; at most 32
 # Rows of a program at least: 16 rows make the bytes of a float32 parameter vector 1/8 pass. More,

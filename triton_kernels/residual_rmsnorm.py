@@ -39,9 +39,7 @@ def residual_rmsnorm_fwd(x, f, scale, weight, eps):
     B, T, D = x.shape
     y, rstd, N = new(x, x.shape), new_statistics(x, B, T), B * T
     share = rows_per_program(N)
-    launch(
-        _fwd, ceil_div(N, share), x, x, f, scale, weight, y, rstd, N, share, EPS=eps, **tile(D)
-    )
+    launch(_fwd, ceil_div(N, share), x, x, f, scale, weight, y, rstd, N, share, EPS=eps, **tile(D))
     return y, rstd
 
 

@@ -1,6 +1,6 @@
 """RoPE of one tensor: the rotation of _heads.py without its norm. Its backward is the inverse."""
 
-from mvsplit_ops.triton_kernels._common import missing, require
+from mvsplit_ops.triton_kernels._common import missing
 from mvsplit_ops.triton_kernels._heads import forward
 
 __all__ = ["missing", "rope_bwd", "rope_fwd"]

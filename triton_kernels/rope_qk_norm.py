@@ -6,9 +6,7 @@ from mvsplit_ops.triton_kernels._heads import backward, forward
 __all__ = ["missing", "rope_qk_norm_bwd", "rope_qk_norm_fwd"]
 
 
-def rope_qk_norm_fwd(
-    q, k, cos, sin, q_weight, k_weight, eps, interleaved, conjugate, norm_first
-):
+def rope_qk_norm_fwd(q, k, cos, sin, q_weight, k_weight, eps, interleaved, conjugate, norm_first):
     ys, rstds = forward(
         [q, k],
         [q_weight, k_weight],

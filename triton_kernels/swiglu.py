@@ -71,7 +71,15 @@ def _fwd(
 
 @triton.jit(do_not_specialize=["total"])
 def _bwd(
-    dy, x, dx, total, x_stride, dy_stride, F: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr
+    dy,
+    x,
+    dx,
+    total,
+    x_stride,
+    dy_stride,
+    F: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row, column, live = _places(total, F, VECTOR, BLOCK)
     gate = wide(tl.load(x + row * x_stride + column, live, other=0))
