@@ -105,6 +105,11 @@ def _usable_backend(backend, device):
     if backend != "reference":
         for case in PROFILE:
             _backends.kernel(backend, case.op, "_fwd", torch.device(device).type)
+    if backend == "triton" and torch.device(device).type == "cpu":
+        raise RuntimeError(
+            "profile: on a CPU Triton interprets its kernels, and there is nothing to time; "
+            "pass --device cuda, or count their bytes with python -m bench traffic"
+        )
     return backend
 
 

@@ -124,8 +124,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         (["--device", "cuda:99"], "--device: cannot use 'cuda:99' here"),
         (["--device", "gpu"], "--device: must be cpu, cuda or cuda:N, got 'gpu'"),
         (["--backend", "cuda", "--batch", "1", "--tokens", "2"], "backend 'cuda' cannot run here"),
+        (["--backend", "triton", "--device", "cpu"], "on a CPU Triton interprets its kernels"),
     ],
-    ids=["json", "no such device", "device", "backend"],
+    ids=["json", "no such device", "device", "backend", "interpreted"],
 )
 def test_what_cannot_be_done_is_one_line_and_exit_code_2(args, message, capsys):
     assert cli.main(["profile", *args]) == 2

@@ -42,6 +42,13 @@ class TestRope(OpSuite):
         whole = mv.rope(x, angle.cos(), angle.sin())
         assert torch.equal(whole, mv.rope(x, angle[:5].cos(), angle[:5].sin()))
 
+    def test_tokens_further_apart_than_32_bits_count(self):
+        memory = torch.empty(2**31 + 64, dtype=torch.bfloat16)  # 4 GiB, of which two rows are used
+        far, angle = memory.as_strided((1, 2, 2, 32), (0, 2**31, 32, 1)), torch.rand(2, 16)
+        far.copy_(torch.randn(1, 2, 2, 32))
+        want = mv.rope(far.contiguous(), angle.cos(), angle.sin())
+        assert torch.equal(mv.rope(far, angle.cos(), angle.sin()), want)
+
     def test_bad_input(self):
         x, t = torch.randn(2, 5, 1, 4), torch.rand(5, 2)
         with self.refuses("x must be a tensor (B, T, H, Dh)"):

@@ -44,6 +44,12 @@ class TestSwiglu(OpSuite):
             assert torch.allclose(y, gate.clamp(min=0), atol=1e-30)
             assert torch.isfinite(x.grad).all()
 
+    def test_rows_further_apart_than_32_bits_count(self):
+        memory = torch.empty(2**31 + 64, dtype=torch.bfloat16)  # 4 GiB, of which two rows are used
+        far = memory.as_strided((2, 64), (2**31, 1))
+        far.copy_(torch.randn(2, 64))
+        assert torch.equal(mv.swiglu(far), mv.swiglu(far.contiguous()))
+
     def test_bad_input(self):
         with self.refuses("2F, the last dimension of x, must be even, got 5"):
             mv.swiglu(torch.randn(3, 5))

@@ -175,8 +175,8 @@ def _means(
     d = part * COLUMNS + tl.arange(0, COLUMNS)
     sum_x = tl.zeros((ROWS, COLUMNS), jfs.dtype.element_ty)
     sum_f = sum_x
-    for t in range(begin, end, ROWS):
-        t += tl.arange(0, ROWS)
+    for first in range(begin, end, ROWS):
+        t = first + tl.arange(0, ROWS)
         sum_f += load_rows(f, b * T + t, d, t < end, D)
         if given is None:
             sum_x += load_rows(x, b * T + t, d, t < end, D)
@@ -230,8 +230,8 @@ def _apply(
     if weight is not None:
         w = load_vector(weight, d, D)[None, :]
     sum_y = tl.zeros((BLOCK_D,), rstds.dtype.element_ty)
-    for t in range(begin, end, ROWS):
-        t += tl.arange(0, ROWS)
+    for first in range(begin, end, ROWS):
+        t = first + tl.arange(0, ROWS)
         r, live = b * T + t, t < end
         z = load_rows(x, r, d, live, D) + bt * load_rows(f, r, d, live, D) + shift
         rstd = tl.rsqrt(mean_d(z * z, D) + EPS)
@@ -295,8 +295,8 @@ def _bwd_reduce(
         shift = _shift(alpha, beta, load_vector(jxs + at, d, D), jf, d, D)[None, :]
     sum_dz = tl.zeros((BLOCK_D,), rstds.dtype.element_ty)
     sum_dzf, sum_dyn = sum_dz, sum_dz
-    for t in range(begin, end, ROWS):
-        t += tl.arange(0, ROWS)
+    for first in range(begin, end, ROWS):
+        t = first + tl.arange(0, ROWS)
         r, live = b * T + t, t < end
         rstd = tl.load(rstds + r, live, other=0)[:, None]
         g = load_rows(dy, r, d, live, D)
@@ -401,8 +401,8 @@ def _bwd_apply(
             w = load_vector(weight, d, D)[None, :]
             jx, jf = load_vector(jxs + at, d, D), load_vector(jfs + at, d, D)
             shift = _shift(alpha, beta, jx, jf, d, D)[None, :]
-        for t in range(begin, end, ROWS):
-            t += tl.arange(0, ROWS)
+        for first in range(begin, end, ROWS):
+            t = first + tl.arange(0, ROWS)
             r, live = b * T + t, t < end
             rstd = tl.load(rstds + r, live, other=0)[:, None]
             mean = tl.load(means + r, live, other=0)[:, None]
