@@ -83,6 +83,30 @@ def test_activations_move_in_16_byte_accesses(kernels):
         assert 16 not in kernel.loads or narrow_parameters, kernel
 
 
+TICKET = """
+import re
+from bench import compiled
+from bench.cases import CASES, Shape
+from mvsplit_ops import _backends
+(case,) = (c for c in CASES if c.op == "mvsplit_rmsnorm_with_mean")
+(_, args), *_ = compiled.launches_of(case, Shape())
+with compiled.compiling(90) as kernels:
+    _backends.kernel("triton", "mvsplit_rmsnorm", "_fwd", "cuda")(*args)
+ptx = kernels[1][0].asm["ptx"]
+print(*re.findall(r"st\\.global|bar\\.sync|atom\\.[\\w.:]+|ld\\.global\\.cg", ptx))
+"""
+
+
+def test_the_last_program_reads_what_the_others_have_stored():
+    """Partial sums stored, a barrier, the ticket with acquire and release, a barrier, the reads."""
+    steps = run_compiler(sys.executable, "-c", TICKET).split()
+    (ticket,) = (i for i, step in enumerate(steps) if step.startswith("atom"))
+    assert steps[ticket].startswith("atom.global.gpu.acq_rel.add")
+    assert steps[ticket - 1] == steps[ticket + 1] == "bar.sync"
+    assert "st.global" in steps[:ticket] and "ld.global.cg" in steps[ticket + 2 :]
+    assert "ld.global.cg" not in steps[:ticket]
+
+
 def test_widths_are_read_from_ptx():
     ptx = """
         ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
