@@ -15,7 +15,7 @@ Bytes, in passes: must move 3 forward, 5 backward. Here, by two sweeps:
 
     forward   _means 2 read (1 when jx is given), _apply 2 read and 1 written
     backward  _bwd_reduce 3 read, _bwd_means partial rows alone, _bwd_apply 2 read and 2 written
-              (one read more in both sweeps with a weight, whose n comes from x and f)
+              (_bwd_apply 3 read with a weight: n comes from x and f)
 
 The second sweep walks from the last sample to the first, so that it begins with what the first
 sweep left in L2. No float atomics: partial rows are added in a fixed order.
