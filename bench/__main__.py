@@ -47,6 +47,18 @@ def _add_shape(command):
     command.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the activations")
 
 
+def _add_ops(command):
+    ops = [case.op for case in CASES]
+    command.add_argument(
+        "--op",
+        nargs="+",
+        choices=ops,
+        default=ops,
+        metavar="OP",
+        help="these alone",
+    )
+
+
 def _add_json(command):
     command.add_argument(
         "--json", type=Path, metavar="FILE", help="add the record to FILE, one a line"
@@ -81,7 +93,7 @@ def parser():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     _add_shape(t)
-    t.add_argument("--op", nargs="+", choices=[c.op for c in CASES], help="these alone")
+    _add_ops(t)
     _add_json(t)
     t.set_defaults(run=count_traffic)
     c = commands.add_parser(
@@ -91,13 +103,15 @@ def parser():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     _add_shape(c)
-    c.add_argument("--op", nargs="+", choices=[case.op for case in CASES], help="these alone")
+    _add_ops(c)
     c.add_argument(
         "--arch",
         nargs="+",
-        type=positive,
+        type=int,
+        choices=compiled.KNOWN_ARCHITECTURES,
+        metavar="N",
         default=compiled.ARCHITECTURES,
-        help="compute capabilities: 80 A100, 90 H100, 100 B200",
+        help="compute capabilities: 80 A100, 86, 89, 90 H100, 100 B200, 120",
     )
     c.set_defaults(run=compile_kernels)
     r = commands.add_parser(
@@ -139,7 +153,7 @@ def compile_kernels(args):
 
 
 def _chosen(ops):
-    return [case for case in CASES if not ops or case.op in ops]
+    return [case for case in CASES if case.op in ops]
 
 
 def _shape(args, device):

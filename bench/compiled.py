@@ -21,6 +21,7 @@ from bench.traffic import Recorder, op_and_direction
 from mvsplit_ops import _backends
 
 ARCHITECTURES = (80, 90, 100)
+KNOWN_ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # those that Triton 3.5 compiles for
 
 
 @dataclass(frozen=True)
