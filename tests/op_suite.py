@@ -134,10 +134,11 @@ class OpSuite:
     def test_any_shape_is_as_accurate_as_eager(self, case, backend):
         @any_input(backend, torch.float32, torch.bfloat16)
         def run(shape, seed):
-            # The rule compares largest errors: among a handful of elements, such as those of a
-            # narrow parameter, they are luck.
-            assume(shape.T * shape.D >= 1000 and shape.D >= 64 and shape.F >= 16)
-            require_case(case, str(shape), case.fused(), make(case, shape, seed))
+            # The rule compares largest errors: among a handful of elements they are luck.
+            assume(shape.T * shape.D >= 1000 and min(shape.D, shape.F) >= 16)
+            count = 1 if shape.D >= 64 else 4
+            samples = [make(case, shape, seed + i) for i in range(count)]
+            require_case(case, str(shape), case.fused(), *samples)
 
     def test_float64_equals_the_definition(self, case, capability):
         self._equals_the_definition(case, double(make(case)))
