@@ -1,0 +1,249 @@
+"""Checkpoints that a kill at any moment leaves whole.
+
+    RUN/checkpoints/step-00000010/   meta.json, model-*.safetensors, adamw-*, average-*
+    RUN/checkpoints/latest           the name of the newest whole one
+
+Everything is written to a folder with another name, synchronised and renamed; `latest` follows, and
+only then do old ones go. meta.json holds every file's size, the configuration and the data.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+from model import config as configuration
+from model.config import FREE_ON_RESUME, UsageError
+from model.dit import build, without_weights_of_ones
+
+FORMAT = "mvsplit-checkpoint-1"
+SHARD_BYTES = 4 << 30  # of a file; what is copied from the device at a time
+LATEST = "latest"
+
+
+def save(run, step, config, fingerprint, model, optimizer=None, average=None):
+    """Write RUN/checkpoints/step-N of the state after `step` updates; returns the folder."""
+    folder = Path(run) / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".*"):  # of a run that was killed
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    final, partial = folder / _name(step), folder / f".{_name(step)}"
+    partial.mkdir()
+    parts = {"model": model.state_dict()}
+    if optimizer is not None:
+        parts["adamw"] = moments(model, optimizer)
+    if average is not None and average.tensors:
+        parts["average"] = average.tensors
+    files = {}
+    for part, tensors in parts.items():
+        for path in _write(partial, part, tensors):
+            files[path.name] = path.stat().st_size
+    meta = {
+        "format": FORMAT, "step": step, "config": dataclasses.asdict(config),
+        "config_hash": config.hash, "data": fingerprint, "commit": commit(),
+        "torch": torch.__version__, "files": files,
+    }  # fmt: skip
+    _write_text(partial / "meta.json", json.dumps(meta, indent=1) + "\n")
+    _sync(partial)
+    if final.exists():  # of a run that was killed before it said so in `latest`
+        shutil.rmtree(final)
+    os.rename(partial, final)
+    _write_text(folder / f".{LATEST}", final.name + "\n")
+    os.replace(folder / f".{LATEST}", folder / LATEST)
+    _sync(folder)
+    _prune(folder, final, config.keep)
+    return final
+
+
+def find(path):
+    """The checkpoint folder that a path names: itself, or the newest one of a run."""
+    path = Path(path)
+    if (path / "meta.json").is_file():
+        return path
+    pointer = path / "checkpoints" / LATEST
+    if not pointer.is_file():
+        raise UsageError(f"{path} is neither a run with a checkpoint nor a checkpoint")
+    return pointer.parent / pointer.read_text().strip()
+
+
+def newest_step(run):
+    """The step of a run's newest checkpoint, or None."""
+    pointer = Path(run) / "checkpoints" / LATEST
+    return int(pointer.read_text().split("-")[1]) if pointer.is_file() else None
+
+
+def read_meta(folder):
+    """meta.json of a checkpoint whose files are all there, whole."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        sizes = meta["files"]
+        meta["config"] = configuration.from_dict(meta["config"])
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UsageError(
+            f"{folder}: no checkpoint, its meta.json cannot be read: {error}"
+        ) from error
+    for name, size in sizes.items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found != size:
+            raise UsageError(
+                f"{folder / name}: expected {size} bytes, got {found or 'no such file'}; "
+                f"the checkpoint is damaged{_another(folder)}"
+            )
+    return meta
+
+
+def open_run(path, device="cpu", part="model", **overrides):
+    """The model of a run or checkpoint, its configuration with overrides, and its folder."""
+    folder = find(path)
+    meta = read_meta(folder)
+    config = dataclasses.replace(meta["config"], **overrides)
+    model = build(config, device)
+    load_model(folder, model, part)
+    return model, meta, folder
+
+
+def load_model(folder, model, part="model"):
+    """Strictly: every parameter and buffer, nothing else, in its shape. part: model or average."""
+    tensors = _read(folder, part)
+    if part == "average":
+        tensors = {**model.state_dict(), **tensors}
+    load_strictly(model, tensors, folder)
+
+
+def load_strictly(model, tensors, source):
+    """model.load_state_dict, whose complaint is one sentence."""
+    own = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    try:
+        tensors = without_weights_of_ones(tensors)
+        model.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        given = {name: tuple(t.shape) for name, t in tensors.items()}
+        wrong = [f"{n} is {given[n]}, not {own[n]}" for n in own if given.get(n, own[n]) != own[n]]
+        missing = [f"{n} is missing" for n in own if n not in given]
+        extra = [f"{n} is not of this model" for n in given if n not in own]
+        found = wrong + missing + extra or [str(error).splitlines()[-1].strip()]
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise UsageError(
+            f"{source} does not fit the model ({model.config.residual}, depth "
+            f"{model.config.depth}, width {model.config.dim}): {'; '.join(found[:3])}{more}"
+        ) from error
+
+
+def restore(folder, config, fingerprint, model, optimizer, average):
+    """Put a run back to a checkpoint; returns its step."""
+    meta = read_meta(folder)
+    changed = configuration.differences(meta["config"], config, but=FREE_ON_RESUME)
+    if changed:
+        name, (then, now) = next(iter(changed.items()))
+        raise UsageError(
+            f"{folder} was trained with {name}={then}, not {now} ({len(changed)} fields differ); "
+            "resume with its configuration, or start a new run with another --out"
+        )
+    if meta["data"] not in (fingerprint, None):  # an imported model has seen none
+        raise UsageError(f"{folder} was trained on {meta['data']}; the data now are {fingerprint}")
+    load_model(folder, model)
+    if meta["step"]:  # an imported model has none
+        _restore_moments(model, optimizer, _read(folder, "adamw"), meta["step"], folder)
+    if average.tensors:
+        for name, tensor in _read(folder, "average").items():
+            average.tensors[name].copy_(tensor)
+    return meta["step"]
+
+
+def moments(model, optimizer):
+    """AdamW's state by the names of parameters."""
+    return {
+        f"{name}.{key}": optimizer.state[p][key]
+        for name, p in model.named_parameters()
+        if p in optimizer.state
+        for key in ("exp_avg", "exp_avg_sq")
+    }
+
+
+def _restore_moments(model, optimizer, tensors, step, folder):
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        state = {key: tensors.pop(f"{name}.{key}", None) for key in ("exp_avg", "exp_avg_sq")}
+        if any(t is None or t.shape != p.shape for t in state.values()):
+            raise UsageError(f"{folder}: the moments of {name} are missing or of another shape")
+        optimizer.state[p] = {key: t.to(p.device, p.dtype) for key, t in state.items()}
+        optimizer.state[p]["step"] = torch.tensor(float(step), device=p.device)
+    if tensors:
+        raise UsageError(f"{folder}: moments of unknown parameters: {', '.join(list(tensors)[:3])}")
+
+
+def commit():
+    """The git revision of this code, or None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None
+
+
+def _name(step):
+    return f"step-{step:08d}"
+
+
+def _write(folder, part, tensors):
+    """Safetensors files of at most SHARD_BYTES (or one tensor) each; returns their paths."""
+    from safetensors.torch import save_file
+
+    shards, room = [{}], SHARD_BYTES
+    for name, t in tensors.items():
+        if t.nbytes > room and shards[-1]:
+            shards.append({})
+            room = SHARD_BYTES
+        shards[-1][name] = t
+        room -= t.nbytes
+    paths = []
+    for i, shard in enumerate(shards):
+        paths.append(folder / f"{part}-{i:05d}.safetensors")
+        save_file({name: t.detach().cpu().contiguous() for name, t in shard.items()}, paths[-1])
+        _sync(paths[-1])
+    return paths
+
+
+def _read(folder, part):
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    paths = sorted(folder.glob(f"{part}-*.safetensors"))
+    if not paths:
+        raise UsageError(f"{folder} has no {part} weights")
+    tensors = {}
+    for path in paths:
+        try:
+            tensors.update(load_file(path))
+        except (SafetensorError, OSError) as error:
+            raise UsageError(f"{path}: not a whole safetensors file: {error}") from error
+    return tensors
+
+
+def _write_text(path, text):
+    path.write_text(text)
+    _sync(path)
+
+
+def _sync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _prune(folder, newest, keep):
+    whole = sorted(p for p in folder.glob("step-*") if p.name <= newest.name)
+    for old in whole[:-keep]:
+        shutil.rmtree(old)
+
+
+def _another(folder):
+    others = sorted(p.name for p in folder.parent.glob("step-*") if p != folder)
+    return f"; resume from another: {', '.join(others)}" if others else ""

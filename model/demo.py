@@ -1,0 +1,132 @@
+"""A collapse to watch: Post-Norm, LayerScale and MV-Split trained side by side on the CPU.
+
+Each is a `python -m model train` of its own, two at a time; this process reads their metrics.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from model.config import CONTENDERS, UsageError
+from model.diagnostics import tapped_layers
+
+PROCESSES = 2
+LOCKED = 0.98  # TCS of the last block above which its tokens are one token
+SMOOTH = 10  # steps whose mean is shown as the loss
+ROOT = Path(__file__).parent.parent
+
+
+def run(preset, folder, overrides, show):
+    """Train the contenders of a preset into folder/<residual>; returns {residual: rows of metrics}.
+
+    show  called about twice a second with {residual: rows so far}
+    """
+    folder = Path(folder)
+    waiting, running = list(CONTENDERS), {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < PROCESSES:
+                name = waiting.pop(0)
+                running[name] = _start(preset, folder / name, {**CONTENDERS[name], **overrides})
+            for name, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[name]
+                    _require_success(name, process)
+            show(rows(folder))
+            time.sleep(0.5)
+    finally:
+        for process in running.values():
+            process.terminate()
+    show(rows(folder))
+    return rows(folder)
+
+
+def _start(preset, folder, overrides):
+    settings = [f"{name}={value}" for name, value in {"device": "cpu", **overrides}.items()]
+    command = [sys.executable, "-m", "model", "train", preset, "--out", str(folder.resolve())]
+    return subprocess.Popen(
+        [*command, "--quiet", "--set", *settings],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def _require_success(name, process):
+    if process.returncode:
+        raise UsageError(f"training {name} failed: {process.stderr.read().strip()}")
+
+
+def rows(folder):
+    """{residual: the lines of its metrics.jsonl}."""
+    table = {}
+    for name in CONTENDERS:
+        path = Path(folder) / name / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        table[name] = [json.loads(line) for line in lines if line.endswith("}")]
+    return table
+
+
+def last_block(row, metric):
+    """A metric at the deepest tapped block of a line of metrics; None where it is not finite."""
+    values = row["layerwise"][metric]
+    return values[max(values, key=int)]
+
+
+def ratio(row):
+    """G_mean / G_ctr of W_2 in the last block."""
+    mean, centred = (last_block(row, f"{g}_ffn") for g in ("G_mean", "G_ctr"))
+    return mean / centred if mean is not None and centred else None
+
+
+def summary(name, rows):
+    """What a contender did: (loss, TCS, rho, G_mean/G_ctr, seconds a step, verdict)."""
+    recent = rows[-SMOOTH:]
+    loss = sum(row["loss"] for row in recent) / len(recent)
+    seconds = sorted(row["seconds_per_step"] for row in rows)[len(rows) // 2]
+    tcs = last_block(rows[-1], "tcs")
+    verdict = "locked" if tcs is not None and tcs > LOCKED else "trains"
+    return loss, tcs, last_block(rows[-1], "rho"), ratio(rows[-1]), seconds, verdict
+
+
+def figure(table, preset, trivial, path):
+    """Loss, TCS, rho and G_mean/G_ctr over the steps; `trivial` is the loss of predicting nothing."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    depth = int(preset.removeprefix("collapse"))
+    panels = (
+        ("loss", f"training loss, mean of {SMOOTH} steps", lambda r: r["loss"], "linear"),
+        ("TCS", "token cosine similarity, last block", lambda r: last_block(r, "tcs"), "linear"),
+        ("rho", "rho = |JX| / |PX|, last block", lambda r: last_block(r, "rho"), "log"),
+        ("G", "G_mean / G_ctr of W_2, last block", ratio, "log"),
+    )
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True, layout="constrained")
+    for (name, title, value, scale), axis in zip(panels, axes.flat, strict=True):
+        for contender, rows in table.items():
+            points = [(r["step"], value(r)) for r in rows if value(r) is not None]
+            steps, values = zip(*points, strict=True)
+            if name == "loss":
+                values = _smooth(values)
+            axis.plot(steps, values, label=contender, linewidth=1.6)
+        axis.set(title=title, yscale=scale)
+        axis.grid(alpha=0.3)
+    axes[0, 0].axhline(trivial, color="black", linestyle=":", linewidth=1)
+    axes[0, 0].annotate("predicting nothing", (0, trivial), xytext=(2, 3),
+                        textcoords="offset points", fontsize=8)  # fmt: skip
+    axes[0, 1].axhline(LOCKED, color="black", linestyle=":", linewidth=1)
+    for axis in axes[1]:
+        axis.set_xlabel("optimizer step")
+    axes[0, 1].legend()
+    layers = tapped_layers(depth)
+    figure.suptitle(f"{depth} blocks, block {layers[-1]} measured: does the token mean take over?")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _smooth(values):
+    return [
+        sum(values[max(0, i + 1 - SMOOTH) : i + 1]) / min(i + 1, SMOOTH) for i in range(len(values))
+    ]

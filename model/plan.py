@@ -1,0 +1,220 @@
+"""What a step will cost, before anything is allocated: parameters, FLOPs, bytes, calls.
+
+A step of the real model and the real loss runs on fake tensors (shapes without storage) at two
+small depths; every quantity is linear in the depth, so two depths tell the full one.
+"""
+
+import collections
+import dataclasses
+import resource
+import time
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from model.config import recomputed_blocks
+from model.data import open_dataset
+from model.dit import DiT, build, in_precision
+from model.optim import make_optimizer
+from model.step import Batch, draw_batch, gradients, prepare, update
+
+POLICIES = ("none", "3/4", "full", "selective")
+MOMENTS = 2  # AdamW's
+
+# Objects of Python and autograd, in host memory, that are no tensor's: measured with blocks of
+# width 16, whose tensors are small. 400 and 1000 blocks, every policy: 110 to 125 kB a block.
+OBJECTS_PER_BLOCK = 115_000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One optimizer step of a configuration on one device; bytes unless said otherwise."""
+
+    parameters: int  # count
+    weights: int  # parameters and buffers
+    gradients: int
+    moments: int
+    average: int
+    activations: int  # what forward keeps for backward
+    working: int  # beyond these, at the worst moment
+    micro_batches: int  # of a step; with more than one, gradients wait beside activations
+    flops: int  # of matrix products and attention, recomputation included
+    calls: dict  # forward and backward kernels of mvsplit_ops, by name
+
+    objects: int  # in host memory, beside the tensors
+
+    def peak(self, shards=1, host=False):
+        """Of a step but the first, states sharded over `shards` devices, a micro-batch on each.
+
+        host: the tensors are in host memory, so what Python keeps there counts too.
+        """
+        state = (self.weights + self.moments + self.average) // shards
+        gradients = self.gradients // shards
+        if self.micro_batches > 1:
+            moving = self.activations + gradients
+        else:  # forward and backward hand memory from one to the other
+            moving = max(self.activations, gradients)
+        return state + moving + self.working + (self.objects if host else 0)
+
+
+def plan(config):
+    """The Plan of a configuration."""
+    period = 2 if "/" not in config.checkpointing else int(config.checkpointing.split("/")[1])
+    near, far = (_trace(dataclasses.replace(config, depth=depth)) for depth in (period, 2 * period))
+
+    def at_depth(one, two):
+        return one + (two - one) * (config.depth - period) // period
+
+    with torch.device("meta"):
+        model = build(config, "meta")
+    parameters = list(model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    calls = _calls(config, near["calls"], period)
+    return Plan(
+        parameters=sum(p.numel() for p in parameters),
+        weights=sum(t.nbytes for t in (*parameters, *model.buffers())),
+        gradients=sum(p.nbytes for p in trained),
+        moments=MOMENTS * sum(p.nbytes for p in trained),
+        average=4 * sum(p.numel() for p in parameters) if config.ema else 0,
+        activations=at_depth(near["activations"], far["activations"]),
+        working=far["working"],
+        micro_batches=-(-config.batch // (config.micro_batch or config.batch)),
+        flops=at_depth(near["flops"], far["flops"]) * config.batch // near["samples"],
+        calls=calls,
+        objects=OBJECTS_PER_BLOCK * config.depth,
+    )
+
+
+def measure(config, steps=2):
+    """Peak bytes that steps of a configuration take in this process, and seconds of the last one.
+
+    On the CPU the growth of the process, so call it in a fresh one; on a GPU what PyTorch allocated.
+    """
+    device = prepare(config)
+    dataset = open_dataset(config)
+    _steps(dataclasses.replace(config, depth=1), dataset, device, 1)  # libraries make their buffers
+    if device == "cpu":
+        before = _resident()
+        seconds = _steps(config, dataset, device, steps)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before, seconds
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    seconds = _steps(config, dataset, device, steps)
+    return torch.cuda.max_memory_allocated() - before, seconds
+
+
+def _steps(config, dataset, device, steps):
+    model = build(config, device)
+    optimizer = make_optimizer(model, config)
+    for step in range(steps):
+        batch = draw_batch(config, dataset, step)
+        start = time.perf_counter()
+        _, norm, _ = gradients(config, model, batch, device)
+        update(config, step, model, optimizer, norm)
+        float(norm)  # waits for a GPU
+        seconds = time.perf_counter() - start
+    return seconds
+
+
+def _resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def _calls(config, counted, depth):
+    """Calls of a micro-batch: counted at `depth`, by forward and recomputed blocks at the full."""
+    again = [sum(recomputed_blocks(config.checkpointing, d)) for d in (depth, config.depth)]
+    forward = [d + r for d, r in zip((depth, config.depth), again, strict=True)]
+    backward = [depth, config.depth]
+    calls = {}
+    for name, n in counted.items():
+        small, full = backward if name.endswith("_bwd") else forward
+        calls[name] = n * full // small
+    return calls
+
+
+def _trace(config):
+    """Activations, working bytes, FLOPs and calls of one micro-batch at a small depth."""
+    size = min(config.micro_batch or config.batch, config.batch)
+    config = dataclasses.replace(config, batch=size, micro_batch=0)
+    with FakeTensorMode():
+        model = in_precision(DiT(config), config)
+        image = (size, config.channels, config.size, config.size)
+        text = torch.empty(size, config.text_tokens, config.text_dim)
+        batch = Batch(torch.empty(image), torch.empty(image), torch.rand(size), text)
+        live, kernels, flops = _LiveBytes(), _Kernels(), _flop_counter()
+        kept = []
+        model.final_proj.register_forward_hook(lambda *unused: kept.append(live.bytes))
+        with flops, live, kernels:
+            gradients(config, model, batch, "cpu")
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return {
+        "activations": kept[0],
+        "working": live.peak - max(kept[0], trained),
+        "flops": flops.get_total_flops(),
+        "calls": kernels.calls,
+        "samples": size,
+    }
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Bytes of the storages made within the block that are still alive, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.peak = 0
+        self._seen = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {id(t.untyped_storage()) for t in _tensors((args, kwargs))}
+        out = function(*args, **(kwargs or {}))
+        for t in _tensors(out):
+            storage = t.untyped_storage()
+            if id(storage) not in given and storage not in self._seen:
+                self._seen.add(storage)
+                weakref.finalize(storage, self._gone, storage.nbytes())
+                self.bytes += storage.nbytes()
+        self.peak = max(self.peak, self.bytes)
+        return out
+
+    def _gone(self, n):
+        self.bytes -= n
+
+
+class _Kernels(TorchDispatchMode):
+    """Calls of mvsplit_ops' kernels by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "mvsplit":
+            self.calls[function._schema.name.removeprefix("mvsplit::")] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def _tensors(tree):
+    return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+
+
+def _flop_counter():
+    """PyTorch's, taught the attention kernels of the CPU."""
+    aten = torch.ops.aten
+
+    def forward(q, k, v, *unused, out_shape=None, **also_unused):
+        return sdpa_flop_count(q, k, v)
+
+    def backward(dy, q, k, v, *unused, out_shape=None, **also_unused):
+        return sdpa_backward_flop_count(dy, q, k, v)
+
+    mapping = {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=mapping)

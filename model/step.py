@@ -1,0 +1,122 @@
+"""One optimizer step: what it is drawn from, its gradients, its update.
+
+What is random is a function of (seed, step, sample), so a run that is resumed, or whose batch is
+split otherwise, sees the same data, noise, times and dropped captions.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from model import flow, rng
+from model.config import UsageError
+from model.optim import learning_rate
+
+QUARTERS = 4  # of t, for which the loss is logged apart
+
+
+@dataclass
+class Batch:
+    """Samples of one step, on the CPU: data, noise, times and text."""
+
+    x0: torch.Tensor
+    x1: torch.Tensor
+    t: torch.Tensor
+    text: torch.Tensor
+
+    def micro_batches(self, size, device):
+        for i in range(0, len(self.x0), size):
+            part = (getattr(self, f.name)[i : i + size] for f in dataclasses.fields(self))
+            yield Batch(*(t.to(device, non_blocking=True) for t in part))
+
+
+def draw_batch(config, dataset, step):
+    """The batch of update `step`, counted from 0."""
+    numbers = range(step * config.batch, (step + 1) * config.batch)
+    indices = [dataset.index(n) for n in numbers]
+    images, texts = zip(*(dataset.get(i) for i in indices), strict=True)
+    x0 = torch.stack(images)
+    if not torch.isfinite(x0).all():
+        bad = next(i for i, x in zip(indices, images, strict=True) if not torch.isfinite(x).all())
+        raise UsageError(
+            f"sample {bad} of the data ({dataset.fingerprint}) holds a value that is not finite; "
+            f"step {step + 1} was not taken: mend the sample and resume"
+        )
+    dropped = rng.uniform(config.seed, "drop", step, numbers) < config.caption_drop
+    text = torch.stack([dataset.empty if d else t for t, d in zip(texts, dropped, strict=True)])
+    t = flow.times(rng.uniform(config.seed, "time", step, numbers), config.time, config.time_shift)
+    x1 = rng.normal(config.seed, "noise", step, numbers, x0.shape[1:])
+    return Batch(x0, x1, t.float(), text)
+
+
+def gradients(config, model, batch, device):
+    """Gradients of the mean loss of a batch, micro-batch by micro-batch.
+
+    Returns the loss and the gradients' norm (0-d), and the losses' sums and counts by quarter of t
+    (2, QUARTERS), on the device.
+    """
+    loss, quarters = 0, 0
+    autocast = torch.autocast(
+        torch.device(device).type, torch.bfloat16, enabled=config.precision == "bf16-autocast"
+    )
+    for part in batch.micro_batches(config.micro_batch or config.batch, device):
+        z = flow.interpolate(part.x0, part.x1, part.t)
+        if config.precision == "bf16":
+            z, part.text = z.bfloat16(), part.text.bfloat16()
+        with autocast:
+            v = model(z, part.text)
+        losses = flow.loss_per_sample(v, part.x0, part.x1)
+        (losses.sum() / config.batch).backward()
+        losses = losses.detach()
+        loss = loss + losses.sum() / config.batch
+        member = torch.nn.functional.one_hot((part.t * QUARTERS).long(), QUARTERS).to(losses)
+        quarters = quarters + torch.stack([losses @ member, member.sum(0)])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return loss, norm, quarters
+
+
+def update(config, step, model, optimizer, norm):
+    """Clip, set the learning rate of update `step` and take it; gradients are gone after it."""
+    if config.clip:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.clip, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, step)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def prepare(config):
+    """Set up the process for a configuration; returns the device."""
+    device = choose_device(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if device == "cpu" and config.checkpointing != "none":
+        _return_freed_memory()
+    return device
+
+
+def _return_freed_memory():
+    """Have glibc map every tensor of 128 KiB or more on its own.
+
+    Small gradients that outlive a recomputed block pin the heap's pages: 400 blocks of width 64
+    took half as much memory again. Costs some time, so only where memory was asked for.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").mallopt(ctypes.c_int(-3), ctypes.c_int(128 << 10))
+
+
+def choose_device(name):
+    """A torch device that can be used here; UsageError when it cannot."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"device {name!r} cannot be used here: {str(error).splitlines()[0]}; "
+            "pass --set device=cpu"
+        ) from error
+    return name
