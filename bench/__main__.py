@@ -9,10 +9,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import compiled, report, traffic
+from bench import compiled, report, step, traffic
 from bench.accuracy import Inaccurate
 from bench.cases import CASES, Shape
 from bench.profile import measure
+from model.config import CONTENDERS, PRESETS, parse_overrides
 from mvsplit_ops import _backends
 
 DTYPES = {
@@ -114,6 +115,39 @@ def parser():
         help="compute capabilities: 80 A100, 86, 89, 90 H100, 100 B200, 120",
     )
     c.set_defaults(run=compile_kernels)
+    s = commands.add_parser(
+        "step",
+        help="whole optimizer steps of the model, backends and residuals in turn",
+        description="Times optimizer steps of a preset of python -m model, every backend with "
+        "every residual, taking turns in one process.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    s.add_argument("preset", nargs="?", choices=PRESETS, default="collapse100")
+    s.add_argument(
+        "--backend",
+        nargs="+",
+        choices=_backends.BACKENDS,
+        default=["cpu", "reference"],
+        metavar="BACKEND",
+    )
+    s.add_argument(
+        "--residual",
+        nargs="+",
+        choices=CONTENDERS,
+        default=["mvsplit"],
+        metavar="RESIDUAL",
+        help=", ".join(CONTENDERS),
+    )
+    s.add_argument("--repeats", type=positive, default=5, help="timed steps of each")
+    s.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="fields of the preset; python -m model train --help lists them",
+    )
+    _add_json(s)
+    s.set_defaults(run=time_steps)
     r = commands.add_parser(
         "report",
         help="write the README's table and picture",
@@ -132,6 +166,18 @@ def profile(args):
     with _progress("profile") as progress:
         result = measure(shape, args.blocks, args.repeats, args.backend, progress)
     report.print_table(result, _console())
+    if args.json:
+        report.append_json(result.to_json(), args.json)
+
+
+def time_steps(args):
+    _writable(args.json)
+    overrides = parse_overrides(args.set)
+    with _progress("step") as progress:
+        result = step.measure(
+            args.preset, overrides, args.residual, args.backend, args.repeats, progress
+        )
+    _console().print(step.table(result))
     if args.json:
         report.append_json(result.to_json(), args.json)
 

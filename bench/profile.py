@@ -152,26 +152,34 @@ def _forward_backward(function, activations, constants, kwargs):
 
 
 def _describe_run(shape, blocks, repeats, backend):
-    cuda = torch.device(shape.device).type == "cuda"
     return {
         **describe_run(shape),
-        "device": torch.cuda.get_device_name(shape.device) if cuda else _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "instruction_set": None if cuda else _instruction_set(backend),
+        **describe_machine(shape.device, backend),
         "backend": backend,
         "blocks": blocks,
         "repeats": repeats,
     }
 
 
-def describe_run(shape):
+def describe_run(shape=None):
     """What every record says of its run."""
-    return {
+    run = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "shape": {**asdict(shape), "dtype": str(shape.dtype).removeprefix("torch.")},
+    }
+    if shape is not None:
+        run["shape"] = {**asdict(shape), "dtype": str(shape.dtype).removeprefix("torch.")}
+    return run
+
+
+def describe_machine(device, backend):
+    cuda = torch.device(device).type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": None if cuda else _instruction_set(backend),
     }
 
 

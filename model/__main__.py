@@ -31,8 +31,11 @@ def parser():
 
     p = _command(commands, "info", info, "parameters, FLOPs and memory, before allocating any")
     _add_config(p)
-    p.add_argument("--measure", action="store_true",
-                   help="take two real steps here and set their memory beside the prediction")  # fmt: skip
+    p.add_argument(
+        "--measure",
+        action="store_true",
+        help="take two real steps here and set their memory beside the prediction",
+    )
 
     p = _command(commands, "demo", demo, "watch a collapse: three residuals side by side, CPU")
     p.add_argument("preset", nargs="?", default="collapse100",
@@ -55,8 +58,12 @@ def parser():
 
     p = _command(commands, "export", export, "write a run's weights to a file")
     _add_run(p)
-    p.add_argument("--to", required=True, choices=("official", "safetensors"),
-                   help="official: the published model.pt; safetensors: with the configuration")  # fmt: skip
+    p.add_argument(
+        "--to",
+        required=True,
+        choices=("official", "safetensors"),
+        help="official: the published model.pt; safetensors: with the configuration",
+    )
     p.add_argument("--out", type=Path, required=True, metavar="FILE")
 
     p = _command(commands, "import", import_, "make a run of a file of weights, strictly")
@@ -73,8 +80,13 @@ def _command(commands, name, run, help):
 
 
 def _add_config(p, default="tiny"):
-    p.add_argument("preset", nargs="?", default=default, metavar="PRESET",
-                   help=f"{', '.join(PRESETS)} (default: {default or 'what the file says'})")  # fmt: skip
+    p.add_argument(
+        "preset",
+        nargs="?",
+        default=default,
+        metavar="PRESET",
+        help=f"{', '.join(PRESETS)} (default: {default or 'what the file says'})",
+    )
     p.add_argument("--config", type=Path, metavar="FILE", help="a run's config.json, for a preset")
     _add_set(p)
 
@@ -166,9 +178,7 @@ def demo(args):
     overrides = configuration.parse_overrides(args.set)
     config = configuration.preset(args.preset, **overrides)
     out = args.out or Path("runs") / f"demo-{args.preset}"
-    trivial = (
-        1 + sum(open_dataset(config).get(i)[0].square().mean().item() for i in range(256)) / 256
-    )
+    trivial = demonstration.trivial_loss(open_dataset(config))
     with Live(console=_console(), refresh_per_second=4) as live:
 
         def show(table):

@@ -119,13 +119,16 @@ def load_strictly(model, tensors, source):
     own = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     try:
         tensors = without_weights_of_ones(tensors)
+    except RuntimeError as error:
+        raise UsageError(f"{source}: {error}") from error
+    try:
         model.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
         given = {name: tuple(t.shape) for name, t in tensors.items()}
         wrong = [f"{n} is {given[n]}, not {own[n]}" for n in own if given.get(n, own[n]) != own[n]]
         missing = [f"{n} is missing" for n in own if n not in given]
         extra = [f"{n} is not of this model" for n in given if n not in own]
-        found = wrong + missing + extra or [str(error).splitlines()[-1].strip()]
+        found = wrong + missing + extra
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise UsageError(
             f"{source} does not fit the model ({model.config.residual}, depth "

@@ -113,8 +113,8 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 
 # What a run may change when it goes on from a checkpoint: none of these changes a number.
 FREE_ON_RESUME = frozenset(
-    "steps device threads backend checkpointing compile carry_mean micro_batch log_every save_every keep "
-    "sample_every tensorboard data_path".split()
+    "steps device threads backend checkpointing compile carry_mean micro_batch log_every "
+    "save_every keep sample_every tensorboard data_path".split()
 )
 
 _COLLAPSE = dict(
@@ -274,5 +274,6 @@ def _check_checkpointing(text):
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or not 0 < int(match[1]) <= int(match[2]):
         raise UsageError(
-            f"checkpointing must be none, full, selective or k/n with k <= n, e.g. 3/4, got {text!r}"
+            "checkpointing must be none, full, selective or k/n with k <= n, e.g. 3/4, "
+            f"got {text!r}"
         )

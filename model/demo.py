@@ -67,6 +67,11 @@ def rows(folder):
     return table
 
 
+def trivial_loss(dataset, n=256):
+    """The loss of predicting 0, 1 + mean x0^2, over the first samples."""
+    return 1 + sum(dataset.get(i)[0].square().mean().item() for i in range(n)) / n
+
+
 def last_block(row, metric):
     """A metric at the deepest tapped block of a line of metrics; None where it is not finite."""
     values = row["layerwise"][metric]
@@ -90,7 +95,7 @@ def summary(name, rows):
 
 
 def figure(table, preset, trivial, path):
-    """Loss, TCS, rho and G_mean/G_ctr over the steps; `trivial` is the loss of predicting nothing."""
+    """Loss, TCS, rho and G_mean/G_ctr over the steps; `trivial`: see trivial_loss."""
     import matplotlib
 
     matplotlib.use("Agg")

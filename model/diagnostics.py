@@ -48,7 +48,7 @@ def read(probes):
 
 
 def cosine_similarity_sum(x):
-    """Sum over the batch of TCS of x (B, T, D), in O(T D): (|sum of unit tokens|^2 - T) / T(T-1)."""
+    """Sum over the batch of TCS of x (B, T, D): (|sum of unit tokens|^2 - T) / T(T-1), O(T D)."""
     T = x.shape[1]
     unit = torch.nn.functional.normalize(x, dim=-1, eps=1e-12)
     return ((unit.sum(1).square().sum(-1) - T) / (T * (T - 1))).sum()

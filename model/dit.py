@@ -251,7 +251,8 @@ def in_precision(model, config):
     if config.precision == "bf16":
         for module in model.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
-                module.bfloat16()
+                for name, p in list(module.named_parameters()):
+                    setattr(module, name, nn.Parameter(p.detach().bfloat16()))
     return model
 
 

@@ -26,7 +26,7 @@ def velocity(x0, x1):
 
 
 def shift(t, a):
-    """t' = a t / (1 + (a - 1) t): more time at the noisy end for a > 1; t is a tensor or a float."""
+    """t' = a t / (1 + (a - 1) t): more time at the noisy end for a > 1."""
     return a * t / (1 + (a - 1) * t)
 
 

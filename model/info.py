@@ -1,4 +1,4 @@
-"""Tables for `python -m model info`: a configuration, what is not the paper's, what a step costs."""
+"""Tables for `python -m model info`: a configuration beside the paper's, what a step costs."""
 
 import dataclasses
 

@@ -6,7 +6,7 @@ import torch
 
 
 def parameter_groups(model, weight_decay):
-    """Matrices decay (the patch convolution is one); gains and biases do not. Frozen ones stay out."""
+    """Matrices decay (the patch convolution is one), gains and biases do not; frozen: neither."""
     groups = {"matrices": [], "gains and biases": []}
     for p in model.parameters():
         if p.requires_grad:

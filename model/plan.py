@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 from model.config import recomputed_blocks
 from model.data import open_dataset
@@ -93,7 +93,7 @@ def plan(config):
 def measure(config, steps=2):
     """Peak bytes that steps of a configuration take in this process, and seconds of the last one.
 
-    On the CPU the growth of the process, so call it in a fresh one; on a GPU what PyTorch allocated.
+    On the CPU what the process grew by, so call it in a fresh one; on a GPU what PyTorch took.
     """
     device = prepare(config)
     dataset = open_dataset(config)
@@ -147,17 +147,17 @@ def _trace(config):
         image = (size, config.channels, config.size, config.size)
         text = torch.empty(size, config.text_tokens, config.text_dim)
         batch = Batch(torch.empty(image), torch.empty(image), torch.rand(size), text)
-        live, kernels, flops = _LiveBytes(), _Kernels(), _flop_counter()
+        live, work = _LiveBytes(), _Work()
         kept = []
         model.final_proj.register_forward_hook(lambda *unused: kept.append(live.bytes))
-        with flops, live, kernels:
+        with live, work:
             gradients(config, model, batch, "cpu")
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     return {
         "activations": kept[0],
         "working": live.peak - max(kept[0], trained),
-        "flops": flops.get_total_flops(),
-        "calls": kernels.calls,
+        "flops": work.flops,
+        "calls": work.calls,
         "samples": size,
     }
 
@@ -186,35 +186,37 @@ class _LiveBytes(TorchDispatchMode):
         self.bytes -= n
 
 
-class _Kernels(TorchDispatchMode):
-    """Calls of mvsplit_ops' kernels by name."""
+class _Work(TorchDispatchMode):
+    """FLOPs of matrix products, convolutions and attention; calls of mvsplit_ops' kernels by name.
+
+    PyTorch's FlopCounterMode follows modules too, and keeps their tensors alive for it.
+    """
 
     def __init__(self):
         super().__init__()
-        self.calls = collections.Counter()
+        self.flops, self.calls = 0, collections.Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "mvsplit":
-            self.calls[function._schema.name.removeprefix("mvsplit::")] += 1
-        return function(*args, **(kwargs or {}))
+        out = function(*args, **(kwargs or {}))
+        packet = function.overloadpacket
+        packet = _CPU_ATTENTION.get(packet, packet)
+        if packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        elif function.namespace == "mvsplit":
+            self.calls[packet.__name__] += 1
+        return out
+
+
+# The CPU's attention counts as the GPU's.
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        torch.ops.aten._scaled_dot_product_flash_attention
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        torch.ops.aten._scaled_dot_product_flash_attention_backward
+    ),
+}
 
 
 def _tensors(tree):
     return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
-
-
-def _flop_counter():
-    """PyTorch's, taught the attention kernels of the CPU."""
-    aten = torch.ops.aten
-
-    def forward(q, k, v, *unused, out_shape=None, **also_unused):
-        return sdpa_flop_count(q, k, v)
-
-    def backward(dy, q, k, v, *unused, out_shape=None, **also_unused):
-        return sdpa_backward_flop_count(dy, q, k, v)
-
-    mapping = {
-        aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
-    return FlopCounterMode(display=False, custom_mapping=mapping)

@@ -96,7 +96,8 @@ class Latents:
             if self.manifest[name] != getattr(config, name):
                 raise UsageError(
                     f"{self.folder / MANIFEST}: {name} is {self.manifest[name]}, but the model is "
-                    f"configured for {getattr(config, name)}; pass --set {name}={self.manifest[name]}"
+                    f"configured for {getattr(config, name)}; pass "
+                    f"--set {name}={self.manifest[name]}"
                 )
 
     def _check_scale(self):

@@ -1,0 +1,377 @@
+"""The loop: exact resume, exact means, nothing lost, nothing that is not finite."""
+
+import gc
+import json
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import checkpoint, diagnostics
+from model.config import UsageError, preset
+from model.data import open_dataset, shapes
+from model.dit import DiT, build
+from model.optim import Average, learning_rate, make_optimizer
+from model.step import draw_batch, gradients, update
+from model.train import Diverged, train
+
+ROOT = Path(__file__).parent.parent
+SMALL = dict(depth=3, dim=32, heads=2, ffn=48, text_dim=32, batch=4, warmup=5, threads=1)
+
+
+def small(**changes):
+    return preset("tiny", **{**SMALL, "steps": 20, "log_every": 1, **changes})
+
+
+def state_of(run):
+    """Every tensor of a run's newest checkpoint, and what its metrics say but for times."""
+    folder = checkpoint.find(run)
+    tensors = {
+        f"{part}.{name}": t
+        for part in ("model", "adamw", "average")
+        if list(folder.glob(f"{part}-*"))
+        for name, t in checkpoint._read(folder, part).items()
+    }
+    rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    timed = ("seconds_per_step", "data_seconds_per_step")
+    return tensors, [{k: v for k, v in row.items() if k not in timed} for row in rows]
+
+
+def assert_same_run(one, other):
+    (tensors, rows), (tensors_too, rows_too) = state_of(one), state_of(other)
+    assert tensors.keys() == tensors_too.keys() and rows == rows_too
+    for name, t in tensors.items():
+        assert torch.equal(t, tensors_too[name]), name
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Twenty steps without a break."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train(small(ema=0.9), run)
+    return run
+
+
+@pytest.mark.parametrize("policy", ["none", "3/4"])
+def test_ten_steps_and_ten_more_are_twenty(whole, tmp_path, policy):
+    train(small(ema=0.9, steps=10, checkpointing=policy), tmp_path / "run")
+    assert checkpoint.newest_step(tmp_path / "run") == 10
+    last = train(small(ema=0.9, checkpointing=policy), tmp_path / "run")
+    assert last["step"] == 20
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_a_finished_run_is_left_as_it_is(whole, tmp_path):
+    before = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}
+    assert train(small(ema=0.9), whole)["step"] == 20
+    assert {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()} == before
+
+
+def test_resuming_from_an_older_checkpoint_takes_its_metrics_back(whole, tmp_path):
+    run = tmp_path / "run"
+    train(small(ema=0.9, save_every=5, keep=9), run)
+    names = sorted(p.name for p in (run / "checkpoints").glob("step-*"))
+    assert names == [f"step-{n:08d}" for n in (5, 10, 15, 20)]
+    train(small(ema=0.9, save_every=5, keep=9), run, resume=str(run / "checkpoints" / names[1]))
+    assert_same_run(whole, run)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from model import checkpoint
+from model.config import preset
+from model.train import train
+calls = 0
+def count(name):
+    real = getattr(checkpoint.{module}, name)
+    def run(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == {kill_at}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+    setattr(checkpoint.{module}, name, run)
+for name in {names!r}:
+    count(name)
+train(preset("tiny", **{config!r}), {run!r})
+"""
+
+
+@pytest.mark.parametrize(("kill_at", "saved"), [(1, None), (3, None), (4, None), (5, 8), (6, 8)])
+def test_a_kill_while_saving_costs_no_more_than_the_steps_since(whole, tmp_path, kill_at, saved):
+    """Killed before the configuration (1) and a checkpoint (3, 5) are renamed, or pointed at."""
+    run, config = tmp_path / "run", {**SMALL, "steps": 20, "log_every": 1, "ema": 0.9}
+    config["save_every"] = 8
+    source = KILLED.format(
+        root=str(ROOT), kill_at=kill_at, config=config, run=str(run),
+        module="os", names=("rename", "replace"),
+    )  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, cwd=tmp_path)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert checkpoint.newest_step(run) == saved
+    if saved:
+        checkpoint.read_meta(checkpoint.find(run))
+    train(small(ema=0.9), run)
+    assert_same_run(whole, run)
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_old_checkpoints_go_when_the_new_one_is_safe(tmp_path):
+    train(small(save_every=4, keep=2), tmp_path)
+    names = sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*"))
+    assert names == ["step-00000016", "step-00000020"]
+
+
+def test_large_states_are_cut_into_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
+    train(small(steps=2), tmp_path)
+    folder = checkpoint.find(tmp_path)
+    assert len(list(folder.glob("model-*.safetensors"))) > 3
+    model, meta, _ = checkpoint.open_run(tmp_path)
+    assert meta["step"] == 2 and model.blocks[0].ffn.w2.weight.abs().max() > 0
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 4, 6])
+def test_accumulation_is_the_mean_over_the_batch(micro_batch):
+    """Also where the last micro-batch is smaller."""
+
+    def run(**changes):
+        config = small(batch=6, writer_init="default", **changes)
+        model = build(config)
+        batch = draw_batch(config, open_dataset(config), 3)
+        loss, norm, quarters = gradients(config, model, batch, "cpu")
+        return [loss, norm, quarters, *(p.grad for p in model.parameters())]
+
+    for a, b in zip(run(), run(micro_batch=micro_batch), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_by_time_adds_up():
+    config = small(batch=32)
+    batch = draw_batch(config, open_dataset(config), 0)
+    loss, _, (sums, counts) = gradients(config, build(config), batch, "cpu")
+    assert counts.sum() == 32 and torch.allclose(sums.sum() / 32, loss)
+    assert counts[0] == (batch.t < 0.25).sum()
+
+
+def test_a_batch_is_its_step_and_drops_captions_at_the_rate():
+    config = small(batch=64, caption_drop=0.3)
+    dataset = open_dataset(config)
+    one, again, other = (draw_batch(config, dataset, step) for step in (5, 5, 6))
+    assert all(torch.equal(getattr(one, f), getattr(again, f)) for f in ("x0", "x1", "t", "text"))
+    assert not any(torch.equal(getattr(one, f), getattr(other, f)) for f in ("x0", "x1", "t"))
+    assert torch.equal(other.x0[0], dataset.get(6 * 64)[0])
+    dropped = sum(torch.equal(t, dataset.empty) for t in one.text)
+    assert 10 <= dropped <= 30
+
+
+def test_warm_up_then_constant_and_decay_on_matrices_alone():
+    config = small(lr=1.0, warmup=4)
+    assert [learning_rate(config, s) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    model = build(small(residual="layerscale"))
+    groups = {g["name"]: g for g in make_optimizer(model, config).param_groups}
+    assert groups["matrices"]["weight_decay"] == 0.1
+    assert groups["gains and biases"]["weight_decay"] == 0
+    names = {id(p): name for name, p in model.named_parameters()}
+    flat = {names[id(p)] for p in groups["gains and biases"]["params"]}
+    assert flat == {n for n in names.values() if n.endswith(("bias", "scale"))}
+    both = [id(p) for g in groups.values() for p in g["params"]]
+    assert sorted(both) == sorted(names)
+
+
+def test_the_update_is_clipped_adamw():
+    config = small(clip=0.5, lr=1e-2, warmup=0)
+    model, other = build(config), build(config)
+    batch = draw_batch(config, open_dataset(config), 0)
+    optimizer = make_optimizer(model, config)
+    _, norm, _ = gradients(config, model, batch, "cpu")
+    update(config, 0, model, optimizer, norm)
+    gradients(config, other, batch, "cpu")
+    for p in other.parameters():
+        g = p.grad.double() * min(1, 0.5 / (norm.double() + 1e-6))
+        decay = 1e-2 * (0.1 if p.dim() >= 2 else 0.0)
+        step = 1e-2 * g / (g.abs() + config.adam_eps)  # the first step of Adam, bias-corrected
+        p.data = (p.double() * (1 - decay) - step).float()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_the_average_follows_and_is_swapped_in_for_a_while_only():
+    model = torch.nn.Linear(4, 4)
+    average, want = Average(model, 0.75), model.weight.detach().clone()
+    for _ in range(3):
+        with torch.no_grad():
+            model.weight.add_(torch.randn(4, 4))
+        average.update()
+        want = 0.75 * want + 0.25 * model.weight.detach()
+    own = model.weight.detach().clone()
+    with pytest.raises(KeyError), average.applied():
+        assert torch.allclose(model.weight, want)
+        raise KeyError
+    assert torch.equal(model.weight, own)
+    assert not Average(model, 0.0).tensors
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-autocast", "bf16"])
+def test_it_learns(tmp_path, precision):
+    config = small(steps=60, lr=5e-3, batch=16, precision=precision)
+    assert train(config, tmp_path)["loss"] < 1.5  # 2 predicts nothing
+    dtypes = {n: p.dtype for n, p in build(config).named_parameters()}
+    matrices = torch.bfloat16 if precision == "bf16" else torch.float32
+    assert dtypes["blocks.0.ffn.w2.weight"] == matrices
+    assert dtypes["blocks.0.fused_mvsplit_norm1.alpha"] == torch.float32
+
+
+def test_compiled_blocks_train(tmp_path):
+    plain = train(small(steps=3), tmp_path / "a")["loss"]
+    assert train(small(steps=3, compile=True), tmp_path / "b")["loss"] == pytest.approx(plain)
+
+
+def test_metrics_are_strict_json_with_null_for_what_is_not_finite(whole):
+    lines = (whole / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(s, parse_constant=lambda c: pytest.fail(c)) for s in lines]
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    first = rows[0]
+    assert {"loss", "grad_norm", "lr", "loss_by_t", "layerwise", "samples"} <= first.keys()
+    assert first["layerwise"].keys() == set(diagnostics.METRICS)
+    assert list(first["layerwise"]["tcs"]) == ["0", "1", "2"]
+    from model.train import _finite
+
+    assert _finite({"a": [math.inf, 1.0, {"b": math.nan}]}) == {"a": [None, 1.0, {"b": None}]}
+
+
+def test_probes_change_no_bit_of_training(whole, tmp_path):
+    train(small(ema=0.9, probes=False), tmp_path / "run")
+    (tensors, _), (without, rows) = state_of(whole), state_of(tmp_path / "run")
+    assert all(torch.equal(t, without[name]) for name, t in tensors.items())
+    assert rows[0]["layerwise"] == {}
+
+
+def test_tensorboard_is_asked_for_by_name(tmp_path):
+    train(small(steps=2, tensorboard=True), tmp_path)
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_sample_grids_come_during_training(tmp_path):
+    train(small(steps=4, sample_every=2, ema=0.5), tmp_path)
+    names = sorted(p.name for p in (tmp_path / "samples").iterdir())
+    stems = ("step-00000002", "step-00000004")
+    assert names == sorted(f"{s}{e}" for s in stems for e in (".json", ".png"))
+
+
+def test_a_guard_sees_a_step_before_it_is_taken_and_may_skip_or_stop(tmp_path):
+    seen = []
+
+    def guard(metrics):
+        seen.append(metrics)
+        return {3: "skip", 6: "stop"}.get(metrics["step"], "go")
+
+    config = small(log_every=100, save_every=5)
+    train(config, tmp_path / "run", guard=guard)
+    assert [m["step"] for m in seen] == [1, 2, 3, 4, 5, 6]
+    assert all(math.isfinite(m["layerwise"]["tcs"]["2"]) for m in seen)
+    _, rows = state_of(tmp_path / "run")
+    assert [row["step"] for row in rows] == [3, 6]
+    assert checkpoint.newest_step(tmp_path / "run") == 5  # the last good one; 6 is not kept
+    skipped = make_run(small(steps=3), tmp_path / "skipped", guard=guard)
+    two = make_run(small(steps=2), tmp_path / "two")
+    for name, p in two.items():
+        assert torch.equal(p, skipped[name]), name
+
+
+def make_run(config, folder, guard=None):
+    train(config, folder, guard=guard)
+    return checkpoint._read(checkpoint.find(folder), "model")
+
+
+def test_what_is_not_finite_is_not_taken(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    train(small(steps=5), run)
+    before = (run / "checkpoints" / "latest").read_text()
+    with pytest.raises(Diverged, match=r"step \d+: loss .*the update was not taken"):
+        train(small(steps=9), run, guard=spoil)
+    assert (run / "checkpoints" / "latest").read_text() == before
+    real = shapes.draw
+
+    def broken(seed, index, size):
+        attributes, pixels = real(seed, index, size)
+        return attributes, pixels * (math.nan if index == 30 else 1)
+
+    monkeypatch.setattr(shapes, "draw", broken)
+    with pytest.raises(UsageError, match="sample 30 of the data .* not finite; step 8 was not"):
+        train(small(steps=9), run)
+    assert (run / "checkpoints" / "latest").read_text() == before
+    monkeypatch.setattr(shapes, "draw", real)
+    assert train(small(steps=9), run)["step"] == 9
+
+
+def spoil(metrics):
+    """A guard that spoils the model, as a bug would."""
+    for model in (o for o in gc.get_objects() if isinstance(o, DiT)):
+        with torch.no_grad():
+            model.final_proj.bias.fill_(math.inf)
+    return "go"
+
+
+def test_another_configuration_does_not_go_on_with_a_run(whole):
+    for config, message in (
+        (small(ema=0.9, dim=64, heads=4), "holds a run with dim=32, not 64"),
+        (small(ema=0.9, lr=1e-3), "holds a run with lr="),
+    ):
+        with pytest.raises(UsageError, match=message):
+            train(config, whole)
+    with pytest.raises(UsageError, match="holds a run already"):
+        train(small(ema=0.9), whole, resume="never")
+    with pytest.raises(UsageError, match="neither a run with a checkpoint nor a checkpoint"):
+        train(small(), whole.parent / "new", resume=str(whole.parent))
+    with pytest.raises(UsageError, match="trained with depth=3, not 4"):
+        train(small(depth=4), whole.parent / "new", resume=str(whole))
+
+
+def test_a_checkpoint_of_other_data_is_refused(whole):
+    model, average = build(small(ema=0.9)), None
+    with pytest.raises(UsageError, match="was trained on shapes, 16 pixels; the data now are x"):
+        checkpoint.restore(checkpoint.find(whole), small(ema=0.9), "x", model, None, average)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: truncate(f / "model-00000.safetensors"), "expected .* bytes, got .* damaged"),
+        (lambda f: (f / "adamw-00000.safetensors").unlink(), "no such file; the checkpoint is dam"),
+        (lambda f: (f / "meta.json").write_text("{"), "meta.json cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_with_those_that_are_whole(tmp_path, damage, message):
+    train(small(steps=4, save_every=2), tmp_path)
+    damage(checkpoint.find(tmp_path))
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(UsageError, match=message) as error:
+        train(small(steps=6), tmp_path)
+    assert "meta.json" in message or "resume from another: step-00000002" in str(error.value)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    state = build(small()).state_dict()
+    wide = build(small(dim=64, heads=4))
+    with pytest.raises(UsageError, match=r"patch_proj.weight is \(32, 3, 2, 2\), not \(64, 3"):
+        checkpoint.load_strictly(wide, state, "file")
+    model = build(small())
+    fewer = {n: t for n, t in state.items() if n != "final_proj.bias"}
+    with pytest.raises(UsageError, match=r"width 32\): final_proj.bias is missing$"):
+        checkpoint.load_strictly(model, fewer, "file")
+    with pytest.raises(UsageError, match="extra is not of this model"):
+        checkpoint.load_strictly(model, {**state, "extra": torch.ones(1)}, "file")
+    ones = {"blocks.0.fused_mvsplit_norm1.weight": torch.zeros(32)}
+    with pytest.raises(UsageError, match="must be ones"):
+        checkpoint.load_strictly(model, {**state, **ones}, "file")
