@@ -44,7 +44,7 @@ $(VENV)/ready: pyproject.toml
 
 $(VENV)/built: $(VENV)/ready $(SOURCES)
 	@echo "Compiling the CPU kernels for each instruction set: some minutes, once"
-	@$(PIP) --no-build-isolation --editable '.[bench,test,triton]'
+	@$(PIP) --no-build-isolation --editable '.[bench,model,test,triton]'
 	@touch $@
 
 clean:

@@ -45,7 +45,7 @@ def save(run, step, config, fingerprint, model, optimizer=None, average=None):
     meta = {
         "format": FORMAT, "step": step, "config": dataclasses.asdict(config),
         "config_hash": config.hash, "data": fingerprint, "commit": commit(),
-        "torch": torch.__version__, "files": files,
+        "torch": torch.__version__, "updates": _updates(optimizer), "files": files,
     }  # fmt: skip
     _write_text(partial / "meta.json", json.dumps(meta, indent=1) + "\n")
     _sync(partial)
@@ -149,8 +149,8 @@ def restore(folder, config, fingerprint, model, optimizer, average):
     if meta["data"] not in (fingerprint, None):  # an imported model has seen none
         raise UsageError(f"{folder} was trained on {meta['data']}; the data now are {fingerprint}")
     load_model(folder, model)
-    if meta["step"]:  # an imported model has none
-        _restore_moments(model, optimizer, _read(folder, "adamw"), meta["step"], folder)
+    if meta["updates"]:  # an imported model has none
+        _restore_moments(model, optimizer, _read(folder, "adamw"), meta["updates"], folder)
     if average.tensors:
         for name, tensor in _read(folder, "average").items():
             average.tensors[name].copy_(tensor)
@@ -167,7 +167,13 @@ def moments(model, optimizer):
     }
 
 
-def _restore_moments(model, optimizer, tensors, step, folder):
+def _updates(optimizer):
+    """How many updates AdamW has taken: fewer than steps where some were skipped."""
+    states = optimizer.state.values() if optimizer is not None else ()
+    return next((int(state["step"]) for state in states), 0)
+
+
+def _restore_moments(model, optimizer, tensors, updates, folder):
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
@@ -175,7 +181,7 @@ def _restore_moments(model, optimizer, tensors, step, folder):
         if any(t is None or t.shape != p.shape for t in state.values()):
             raise UsageError(f"{folder}: the moments of {name} are missing or of another shape")
         optimizer.state[p] = {key: t.to(p.device, p.dtype) for key, t in state.items()}
-        optimizer.state[p]["step"] = torch.tensor(float(step), device=p.device)
+        optimizer.state[p]["step"] = torch.tensor(float(updates), device=p.device)
     if tensors:
         raise UsageError(f"{folder}: moments of unknown parameters: {', '.join(list(tensors)[:3])}")
 

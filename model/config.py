@@ -111,7 +111,7 @@ class Config:
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 
-# What a run may change when it goes on from a checkpoint: none of these changes a number.
+# What a run may change when it goes on from a checkpoint: where and how, not what is computed.
 FREE_ON_RESUME = frozenset(
     "steps device threads backend checkpointing compile carry_mean micro_batch log_every "
     "save_every keep sample_every tensorboard data_path".split()

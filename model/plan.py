@@ -6,6 +6,7 @@ small depths; every quantity is linear in the depth, so two depths tell the full
 
 import collections
 import dataclasses
+import functools
 import resource
 import time
 import weakref
@@ -62,6 +63,7 @@ class Plan:
         return state + moving + self.working + (self.objects if host else 0)
 
 
+@functools.lru_cache
 def plan(config):
     """The Plan of a configuration."""
     period = 2 if "/" not in config.checkpointing else int(config.checkpointing.split("/")[1])

@@ -41,20 +41,16 @@ def train(config, folder, resume="auto", guard=None, on_step=None):
     model = build(config, device)
     optimizer = make_optimizer(model, config)
     average = Average(model, config.ema)
+    state = config, dataset.fingerprint, model, optimizer, average
     step = 0
     if start_from is not None:
-        step = checkpoint.restore(
-            start_from, config, dataset.fingerprint, model, optimizer, average
-        )
+        step = checkpoint.restore(start_from, *state)
     probes = diagnostics.attach(model) if config.probes else {}
     if config.compile:
         for block in model.blocks:
             if block.probe is None:
                 block.compile()
     loader = _Loader(config, dataset, step)
-    save = lambda step: checkpoint.save(  # noqa: E731
-        folder, step, config, dataset.fingerprint, model, optimizer, average
-    )
 
     with _Metrics(config, folder, step) as log, mv_backend(config), loader:
         while step < config.steps:
@@ -70,10 +66,11 @@ def train(config, folder, resume="auto", guard=None, on_step=None):
             if logged or guard:
                 metrics = log.measure(step + 1, loss, norm, quarters, probes)
             verdict = guard(metrics) if guard else "go"
-            if verdict != "skip":
+            if verdict == "go":
                 update(config, step, model, optimizer, norm)
                 average.update()
-            optimizer.zero_grad(set_to_none=True)  # also those of a skipped update
+            else:
+                optimizer.zero_grad(set_to_none=True)
             for probe in probes.values():
                 probe.reset()
             step += 1
@@ -86,9 +83,9 @@ def train(config, folder, resume="auto", guard=None, on_step=None):
             if config.sample_every and step % config.sample_every == 0:
                 _sample_grid(config, folder, step, model, dataset, average)
             if config.save_every and step % config.save_every == 0 and step < config.steps:
-                save(step)
+                checkpoint.save(folder, step, *state)
         if checkpoint.newest_step(folder) != step:
-            save(step)
+            checkpoint.save(folder, step, *state)
         return log.last
 
 
