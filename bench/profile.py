@@ -15,7 +15,8 @@ import torch
 
 from bench.accuracy import cotangent, require_case
 from bench.cases import PROFILE, calls_per_step
-from bench.timing import Timer, copy_bandwidth, interleaved, keep_freed_memory
+from bench.timing import Timer, copy_bandwidth, interleaved
+from model.heap import keep_freed_memory
 from mvsplit_ops import _backends
 
 IMPLEMENTATIONS = ("eager", "compile", "fused")

@@ -1,25 +1,11 @@
 """Seconds of a call, on a CPU or a CUDA device."""
 
-import ctypes
 import statistics
 import time
 
 import torch
 
 _L2_FLUSH_BYTES = 256 << 20  # several times the L2 of any current GPU
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
-
-
-def keep_freed_memory():
-    """Have glibc reuse freed memory instead of returning it to the system.
-
-    A training process has long grown to its size. A short benchmark that allocates and frees a few
-    megabytes at a time would measure page faults: up to half of a call's time, whoever makes it.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest that glibc takes
-        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
 class Timer:

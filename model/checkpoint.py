@@ -49,14 +49,20 @@ def save(run, step, config, fingerprint, model, optimizer=None, average=None):
     }  # fmt: skip
     _write_text(partial / "meta.json", json.dumps(meta, indent=1) + "\n")
     _sync(partial)
-    if final.exists():  # of a run that was killed before it said so in `latest`
+    if final.exists():  # never the one that `latest` names: an older run's, or a killed one's
         shutil.rmtree(final)
     os.rename(partial, final)
-    _write_text(folder / f".{LATEST}", final.name + "\n")
-    os.replace(folder / f".{LATEST}", folder / LATEST)
-    _sync(folder)
+    point_to(final)
     _prune(folder, final, config.keep)
     return final
+
+
+def point_to(checkpoint):
+    """Make a checkpoint the one that its run stands at."""
+    folder = checkpoint.parent
+    _write_text(folder / f".{LATEST}", checkpoint.name + "\n")
+    os.replace(folder / f".{LATEST}", folder / LATEST)
+    _sync(folder)
 
 
 def find(path):

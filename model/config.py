@@ -60,10 +60,10 @@ class Config:
     time_shift: float = _field(1.0, "a in t' = a t / (1 + (a - 1) t)", "4")
 
     # The optimizer
-    steps: int = _field(1000, "optimizer steps", "50000")
+    steps: int = _field(3000, "optimizer steps", "50000")
     batch: int = _field(16, "samples of an optimizer step", "1024")
     micro_batch: int = _field(0, "samples of a forward pass; 0: the batch")
-    lr: float = _field(2e-3, "AdamW's learning rate after the warm-up", "1.5625e-4")
+    lr: float = _field(3e-3, "AdamW's learning rate after the warm-up", "1.5625e-4")
     warmup: int = _field(100, "steps of linear warm-up, then constant", "1000")
     beta1: float = _field(0.9, "AdamW's first-moment decay")
     beta2: float = _field(0.95, "AdamW's second-moment decay")

@@ -4,14 +4,12 @@ What is random is a function of (seed, step, sample), so a run that is resumed, 
 split otherwise, sees the same data, noise, times and dropped captions.
 """
 
-import contextlib
-import ctypes
 import dataclasses
 from dataclasses import dataclass
 
 import torch
 
-from model import flow, rng
+from model import flow, heap, rng
 from model.config import UsageError
 from model.optim import learning_rate
 
@@ -94,18 +92,8 @@ def prepare(config):
     if config.threads:
         torch.set_num_threads(config.threads)
     if device == "cpu" and config.checkpointing != "none":
-        _return_freed_memory()
+        heap.return_freed_memory()  # who recomputes wants memory more than time
     return device
-
-
-def _return_freed_memory():
-    """Have glibc map every tensor of 128 KiB or more on its own.
-
-    Small gradients that outlive a recomputed block pin the heap's pages: 400 blocks of width 64
-    took half as much memory again. Costs some time, so only where memory was asked for.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").mallopt(ctypes.c_int(-3), ctypes.c_int(128 << 10))
 
 
 def choose_device(name):

@@ -45,6 +45,8 @@ def train(config, folder, resume="auto", guard=None, on_step=None):
     step = 0
     if start_from is not None:
         step = checkpoint.restore(start_from, *state)
+        if start_from.parent == folder / "checkpoints":
+            checkpoint.point_to(start_from)  # also where it is not the newest
     probes = diagnostics.attach(model) if config.probes else {}
     if config.compile:
         for block in model.blocks:

@@ -76,7 +76,10 @@ def test_resuming_from_an_older_checkpoint_takes_its_metrics_back(whole, tmp_pat
     train(small(ema=0.9, save_every=5, keep=9), run)
     names = sorted(p.name for p in (run / "checkpoints").glob("step-*"))
     assert names == [f"step-{n:08d}" for n in (5, 10, 15, 20)]
-    train(small(ema=0.9, save_every=5, keep=9), run, resume=str(run / "checkpoints" / names[1]))
+    older = str(run / "checkpoints" / names[1])
+    train(small(ema=0.9, save_every=5, keep=9), run, resume=older, guard=lambda metrics: "stop")
+    assert checkpoint.newest_step(run) == 10  # a kill from here on goes on from 10
+    train(small(ema=0.9, save_every=5, keep=9), run)
     assert_same_run(whole, run)
 
 
