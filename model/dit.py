@@ -93,14 +93,16 @@ class Attention(nn.Module):
             setattr(self, name, nn.Linear(dim, dim, bias=False))
 
     def forward(self, x, cos, sin):
-        """The heads' outputs (B, T, D), which `proj` writes to the trunk."""
+        """The heads' outputs (B T, D), which `proj` writes to the trunk."""
         B, T, D = x.shape
+        rows = x.view(B * T, D)  # a matrix: seven products a block save two views each
         q, k, v = (
-            proj(x).view(B, T, self.heads, -1) for proj in (self.q_proj, self.k_proj, self.v_proj)
+            proj(rows).view(B, T, self.heads, -1)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = mv.rope_qk_norm(q, k, cos, sin, eps=QK_EPS, conjugate=True)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, D)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B * T, D)
 
 
 class SwiGLU(nn.Module):
@@ -110,8 +112,8 @@ class SwiGLU(nn.Module):
         self.w2 = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x):
-        """silu(gate) * value (B, T, F), which `w2` writes to the trunk."""
-        return mv.swiglu(self.w13(x))
+        """silu(gate) * value (B T, F), which `w2` writes to the trunk."""
+        return mv.swiglu(self.w13(x.view(-1, x.shape[2])))
 
 
 class Block(nn.Module):
@@ -143,9 +145,9 @@ class Block(nn.Module):
         return x, jx
 
     def _merge(self, merge, x, jx, name, h, segments):
-        f = self.writers[name](h)
+        f = self.writers[name](h).view_as(x)
         if self.probe is not None:
-            f = self.probe.writer(name, h, f, segments)
+            f = self.probe.writer(name, h.view(*x.shape[:2], -1), f, segments)
         if self.carry:
             return merge(x, f, segments, jx=jx, carry=True)
         return merge(x, f, segments), None
