@@ -7,7 +7,6 @@ small depths; every quantity is linear in the depth, so two depths tell the full
 import collections
 import dataclasses
 import functools
-import resource
 import time
 import weakref
 from dataclasses import dataclass
@@ -101,9 +100,9 @@ def measure(config, steps=2):
     dataset = open_dataset(config)
     _steps(dataclasses.replace(config, depth=1), dataset, device, 1)  # libraries make their buffers
     if device == "cpu":
-        before = _resident()
+        before = _resident("VmRSS")
         seconds = _steps(config, dataset, device, steps)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before, seconds
+        return _resident("VmHWM") - before, seconds
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     seconds = _steps(config, dataset, device, steps)
@@ -123,9 +122,11 @@ def _steps(config, dataset, device, steps):
     return seconds
 
 
-def _resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+def _resident(which):
+    """Resident bytes of this process, now (VmRSS) or at most (VmHWM); getrusage adds its parent's."""
+    with open("/proc/self/status") as file:
+        (line,) = (line for line in file if line.startswith(which))
+    return int(line.split()[1]) * 1024
 
 
 def _calls(config, counted, depth):
