@@ -123,7 +123,7 @@ def _steps(config, dataset, device, steps):
 
 
 def _resident(which):
-    """Resident bytes of this process, now (VmRSS) or at most (VmHWM); getrusage adds its parent's."""
+    """Resident bytes, now (VmRSS) or at most (VmHWM), without the parent that getrusage counts."""
     with open("/proc/self/status") as file:
         (line,) = (line for line in file if line.startswith(which))
     return int(line.split()[1]) * 1024

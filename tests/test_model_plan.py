@@ -1,7 +1,6 @@
 """What `info` predicts, against what a step of the real model takes."""
 
 import pytest
-import torch
 
 from model import plan as planning
 from model.config import preset
