@@ -13,6 +13,7 @@ from bench import compiled, report, step, traffic
 from bench.accuracy import Inaccurate
 from bench.cases import CASES, Shape
 from bench.profile import measure
+from model.__main__ import positive
 from model.config import CONTENDERS, PRESETS, parse_overrides
 from mvsplit_ops import _backends
 
@@ -22,13 +23,6 @@ DTYPES = {
     "fp32": torch.float32,
     "fp64": torch.float64,
 }
-
-
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def token_counts(text):

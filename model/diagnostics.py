@@ -9,7 +9,8 @@ so two token means and G itself are enough. Of the trunk x after a block, on the
     TCS  mean over samples of the mean cosine of two different tokens
     rho  mean of |J x| over mean of |P x|, Frobenius norms of a sample
 
-Names are the paper's (arXiv 2605.06169). Nothing here draws a random number.
+Names are the paper's (arXiv 2605.06169). Nothing here draws a random number. |G_ctr| is that of
+G - G_mean, so in float32 a ratio of 1e6 or more says that nothing centred is left, not how little.
 """
 
 import torch
@@ -65,9 +66,13 @@ class Probe:
         self._trunk = 0
         self._mean_gradient = {}
 
-    @torch.no_grad()
     def trunk(self, x, segments):
         """x (B, T, D), the block's result. A recomputed block comes here twice: ratios stand."""
+        if torch.is_grad_enabled():  # not a sample drawn between steps
+            self._add(x, segments)
+
+    @torch.no_grad()
+    def _add(self, x, segments):
         x = x[:, : segments[0]].detach().float()
         mean = x.mean(1)
         J = mean.norm(dim=-1) * x.shape[1] ** 0.5
@@ -77,6 +82,8 @@ class Probe:
 
     def writer(self, name, h, f, segments):
         """f itself; its gradient, when it comes, is noted with what the writer read, h."""
+        if not torch.is_grad_enabled():
+            return f
 
         def note(means, d):
             weights = torch.tensor(segments, device=d.device)[:, None]

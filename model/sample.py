@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from model import flow
+from model.step import autocast
 
 
 def sample_images(
@@ -33,7 +34,8 @@ def sample_images(
             if progress:
                 progress(before + step, total)
 
-        images.append(flow.integrate(v, z, steps, config.time_shift, method, count).cpu())
+        with autocast(config, weight.device):
+            images.append(flow.integrate(v, z, steps, config.time_shift, method, count).cpu())
         done += steps
     return torch.cat(images)
 

@@ -57,14 +57,11 @@ def gradients(config, model, batch, device):
     (2, QUARTERS), on the device.
     """
     loss, quarters = 0, 0
-    autocast = torch.autocast(
-        torch.device(device).type, torch.bfloat16, enabled=config.precision == "bf16-autocast"
-    )
     for part in batch.micro_batches(config.micro_batch or config.batch, device):
         z = flow.interpolate(part.x0, part.x1, part.t)
         if config.precision == "bf16":
             z, part.text = z.bfloat16(), part.text.bfloat16()
-        with autocast:
+        with autocast(config, device):
             v = model(z, part.text)
         losses = flow.loss_per_sample(v, part.x0, part.x1)
         (losses.sum() / config.batch).backward()
@@ -74,6 +71,12 @@ def gradients(config, model, batch, device):
         quarters = quarters + torch.stack([losses @ member, member.sum(0)])
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     return loss, norm, quarters
+
+
+def autocast(config, device):
+    """The precision of a forward pass, a context."""
+    enabled = config.precision == "bf16-autocast"
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
 
 
 def update(config, step, model, optimizer, norm):

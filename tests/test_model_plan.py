@@ -1,5 +1,7 @@
 """What `info` predicts, against what a step of the real model takes."""
 
+from pathlib import Path
+
 import pytest
 
 from model import plan as planning
@@ -9,6 +11,7 @@ from model.dit import build
 from model.plan import plan
 from model.step import draw_batch, gradients
 
+README = Path(__file__).parent.parent / "README.md"
 SMALL = dict(dim=32, heads=2, ffn=48, text_dim=32, threads=1, batch=4)
 
 
@@ -44,6 +47,11 @@ def test_parameters_states_and_calls_of_the_papers_models():
     backward = {"rope_qk_norm_bwd": 400, "swiglu_bwd": 400, "mvsplit_rmsnorm_bwd": 800}
     assert p.calls == {**forward, **backward}
     assert plan(preset("dit1000-mvsplit")).parameters == 13_635_847_296
+
+
+def test_the_readme_says_what_400_blocks_need():
+    gigabytes = round(plan(preset("dit400-mvsplit")).peak() / 1e9)
+    assert f"400 blocks of the paper's size need {gigabytes} GB" in README.read_text()
 
 
 def test_flops_are_those_of_the_matrix_products():

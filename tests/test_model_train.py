@@ -231,8 +231,11 @@ def test_it_learns(tmp_path, precision):
 
 
 def test_compiled_blocks_train(tmp_path):
-    plain = train(small(steps=3), tmp_path / "a")["loss"]
-    assert train(small(steps=3, compile=True), tmp_path / "b")["loss"] == pytest.approx(plain)
+    config = dict(steps=3, probes=False)  # a probed block is not compiled
+    plain = train(small(**config), tmp_path / "a")["loss"]
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert train(small(compile=True, **config), tmp_path / "b")["loss"] == pytest.approx(plain)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
 
 
 def test_metrics_are_strict_json_with_null_for_what_is_not_finite(whole):
@@ -265,6 +268,8 @@ def test_sample_grids_come_during_training(tmp_path):
     names = sorted(p.name for p in (tmp_path / "samples").iterdir())
     stems = ("step-00000002", "step-00000004")
     assert names == sorted(f"{s}{e}" for s in stems for e in (".json", ".png"))
+    train(small(steps=4, ema=0.5), tmp_path / "without")
+    assert_same_run(tmp_path, tmp_path / "without")  # nor does a sample show in the metrics
 
 
 def test_a_guard_sees_a_step_before_it_is_taken_and_may_skip_or_stop(tmp_path):
