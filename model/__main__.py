@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from model import config as configuration
 from model.config import FIELDS, PRESETS, UsageError
 
 INTERRUPTED = 130
+DEFAULT_PRESET = "tiny"
+PLACE = ("device", "threads", "backend", "data_path")  # what does not change what a run means
 
 
 def parser():
@@ -79,11 +82,10 @@ def _command(commands, name, run, help):
     return p
 
 
-def _add_config(p, default="tiny"):
+def _add_config(p, default=DEFAULT_PRESET):
     p.add_argument(
         "preset",
         nargs="?",
-        default=default,
         metavar="PRESET",
         help=f"{', '.join(PRESETS)} (default: {default or 'what the file says'})",
     )
@@ -107,13 +109,13 @@ def _add_run(p):
     p.add_argument("run_folder", type=Path, metavar="RUN", help="a run, or one of its checkpoints")
     p.add_argument("--average", action="store_true", help="the averaged weights (--set ema=...)")
     p.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
-                   help="device, backend, threads, data_path")  # fmt: skip
+                   help=", ".join(PLACE))  # fmt: skip
 
 
 def _add_sampling(p):
     p.add_argument("--seed", type=int, default=0, help="of the first image; the next has the next")
     p.add_argument("--steps", type=positive, default=25, help="of integration (default: 25)")
-    p.add_argument("--guidance", type=float, default=2.0, help="scale; 1: none (default: 2)")
+    p.add_argument("--guidance", type=finite, default=2.0, help="scale; 1: none (default: 2)")
     p.add_argument("--method", choices=("euler", "heun"), default="euler")
 
 
@@ -124,11 +126,20 @@ def positive(text):
     return value
 
 
+def finite(text):
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
+    return value
+
+
 def train(args):
     from model.train import train
 
     config = _config(args)
-    out = args.out or Path("runs") / args.preset
+    if args.config and not args.out:
+        raise UsageError("--config: name the run's folder too, --out RUN")
+    out = args.out or Path("runs") / (args.preset or DEFAULT_PRESET)
     quiet = args.quiet or not sys.stderr.isatty()
     with _progress(quiet) as (bar, task):
 
@@ -144,8 +155,8 @@ def train(args):
 
         last = train(config, out, args.resume, on_step=on_step)
     if not args.quiet:
-        print(f"{out}: step {last['step']}, loss {last['loss']:.4f}; "
-              f"python -m model sample {out}")  # fmt: skip
+        done = f"step {last['step']}, loss {last['loss']:.4f}" if last else "nothing left to do"
+        print(f"{out}: {done}; python -m model sample {out}")
 
 
 def info(args):
@@ -163,7 +174,7 @@ def info(args):
         from model.step import choose_device
 
         device = choose_device(config.device)
-        expected, (peak, seconds) = here.peak(host=device == "cpu"), measured
+        expected, (peak, seconds) = here.peak(host=device.startswith("cpu")), measured
         console.print(
             f"two steps on {device}: peak {size(peak)}, predicted {size(expected)}, "
             f"ratio {peak / expected:.3f}; {seconds:.3g} s a step",
@@ -186,7 +197,7 @@ def demo(args):
 
         table = demonstration.run(args.preset, out, overrides, show)
     picture = out / f"{args.preset}.png"
-    demonstration.figure(table, args.preset, trivial, picture)
+    demonstration.figure(table, config.depth, trivial, picture)
     print(f"figure: {picture}")
 
 
@@ -215,8 +226,9 @@ def sample(args):
     if args.caption and len(args.caption) == 1:
         captions = args.caption * args.n
     out = args.out or _free(folder.parent.parent / "samples", f"{folder.name}-seed{args.seed}")
-    if out.exists():
-        raise UsageError(f"--out: {out} exists; choose another")
+    for path in (out, out.with_suffix(".json")):
+        if path.exists():
+            raise UsageError(f"--out: {path} exists; choose another")
     seeds = range(args.seed, args.seed + len(captions))
     images = _sampled(args, sample_images, model, dataset, captions, seeds)
     save_grid(
@@ -231,6 +243,8 @@ def sample(args):
 def evaluate(args):
     from model.evaluate import by_chance, conditioning
 
+    if args.json and args.json.exists():
+        raise UsageError(f"--json: {args.json} exists; choose another")
     model, dataset, meta, folder = _open(args)
     shares = _sampled(args, conditioning, model, dataset, args.n, args.seed)
     table = Table(title=f"{folder}: samples that match their caption, of {args.n}")
@@ -256,17 +270,19 @@ def export(args):
 def import_(args):
     from model.convert import import_weights
 
-    given = args.preset or args.config or args.set
-    config = _config(args) if given else None
-    print(f"{import_weights(args.file, args.out, config)}")
+    config = _config(args) if args.preset or args.config else None
+    overrides = configuration.parse_overrides(args.set)
+    print(f"{import_weights(args.file, args.out, config, overrides)}")
 
 
 def _config(args):
     overrides = configuration.parse_overrides(args.set)
-    if args.config:
-        base = dataclasses.asdict(configuration.read(args.config))
-        return configuration.from_dict({**base, **overrides})
-    return configuration.preset(args.preset or "dit1000-mvsplit", **overrides)
+    if not args.config:
+        return configuration.preset(args.preset or DEFAULT_PRESET, **overrides)
+    if args.preset:
+        raise UsageError(f"name a preset or a --config, not both: {args.preset}, {args.config}")
+    base = dataclasses.asdict(configuration.read(args.config))
+    return configuration.from_dict({**base, **overrides})
 
 
 def _open(args):
@@ -276,6 +292,8 @@ def _open(args):
     from model.step import prepare
 
     overrides = configuration.parse_overrides(args.set)
+    for name in overrides.keys() - PLACE:
+        raise UsageError(f"--set: {name} is the run's; here one may set {', '.join(PLACE)}")
     folder = checkpoint.find(args.run_folder)
     config = checkpoint.read_meta(folder)["config"]
     config = dataclasses.replace(config, checkpointing="none", **overrides)

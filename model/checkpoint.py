@@ -10,6 +10,7 @@ only then do old ones go. meta.json holds every file's size, the configuration a
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -73,13 +74,22 @@ def find(path):
     pointer = path / "checkpoints" / LATEST
     if not pointer.is_file():
         raise UsageError(f"{path} is neither a run with a checkpoint nor a checkpoint")
-    return pointer.parent / pointer.read_text().strip()
+    return pointer.parent / _pointed_to(pointer)
 
 
 def newest_step(run):
     """The step of a run's newest checkpoint, or None."""
     pointer = Path(run) / "checkpoints" / LATEST
-    return int(pointer.read_text().split("-")[1]) if pointer.is_file() else None
+    return int(_pointed_to(pointer).split("-")[1]) if pointer.is_file() else None
+
+
+def _pointed_to(pointer):
+    name = pointer.read_text().strip()
+    if not re.fullmatch(r"step-\d+", name):
+        raise UsageError(
+            f"{pointer} must name a checkpoint beside it, got {name!r}{_another(pointer)}"
+        )
+    return name
 
 
 def read_meta(folder):
@@ -157,7 +167,8 @@ def restore(folder, config, fingerprint, model, optimizer, average):
     load_model(folder, model)
     if meta["updates"]:  # an imported model has none
         _restore_moments(model, optimizer, _read(folder, "adamw"), meta["updates"], folder)
-    if average.tensors:
+    average.restart()  # an imported model has none
+    if average.tensors and meta["updates"]:
         for name, tensor in _read(folder, "average").items():
             average.tensors[name].copy_(tensor)
     return meta["step"]
@@ -207,8 +218,6 @@ def _name(step):
 
 def _write(folder, part, tensors):
     """Safetensors files of at most SHARD_BYTES (or one tensor) each; returns their paths."""
-    from safetensors.torch import save_file
-
     shards, room = [{}], SHARD_BYTES
     for name, t in tensors.items():
         if t.nbytes > room and shards[-1]:
@@ -219,9 +228,21 @@ def _write(folder, part, tensors):
     paths = []
     for i, shard in enumerate(shards):
         paths.append(folder / f"{part}-{i:05d}.safetensors")
-        save_file({name: t.detach().cpu().contiguous() for name, t in shard.items()}, paths[-1])
+        write_tensors(shard, paths[-1])
         _sync(paths[-1])
     return paths
+
+
+def write_tensors(tensors, path, metadata=None):
+    """A safetensors file; OSError says why it cannot be written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def _read(folder, part):

@@ -254,6 +254,8 @@ def _check(c):
         for name in names.split():
             if not getattr(c, name) >= least:
                 raise UsageError(f"{name} must be at least {least}, got {getattr(c, name)}")
+    if c.seed >= 1 << 63:
+        raise UsageError(f"seed must be below 2^63, got {c.seed}")
     for name in ("beta1", "beta2", "ema", "caption_drop"):
         if not 0 <= getattr(c, name) < 1:
             raise UsageError(f"{name} must be at least 0 and below 1, got {getattr(c, name)}")

@@ -24,32 +24,38 @@ def export(run, path, to, part="model"):
     path = Path(path)
     if path.exists():
         raise UsageError(f"{path} exists; choose another --out")
+    if (path.suffix == ".safetensors") != (to == "safetensors"):
+        raise UsageError(f"--out: name it .safetensors for --to safetensors alone, got {path}")
+    if not path.resolve().parent.is_dir():
+        raise UsageError(f"--out: no folder {path.parent}; make it first")
     model, meta, folder = checkpoint.open_run(run, part=part)
     if to == "official" and meta["config"].residual != "mvsplit":
         raise UsageError(
             f"{folder} has residual {meta['config'].residual}; the official layout is of mvsplit "
             "alone: use --to safetensors"
         )
-    state = {name: t.contiguous() for name, t in model.state_dict().items()}
+    state = dict(model.state_dict())
     partial = path.with_name(f".{path.name}")
     if to == "official":
         torch.save(state, partial)
     else:
-        from safetensors.torch import save_file
-
         config = json.dumps(dataclasses.asdict(meta["config"]))
-        save_file(state, partial, metadata={"config": config, "step": str(meta["step"])})
+        metadata = {"config": config, "step": str(meta["step"])}
+        checkpoint.write_tensors(state, partial, metadata)
     partial.rename(path)
     return len(state)
 
 
-def import_weights(path, run, config):
-    """Make a run of a weights file, strictly; config None: the one in a safetensors file."""
+def import_weights(path, run, config, overrides):
+    """Make a run of a weights file, strictly.
+
+    config     None: the one in a safetensors file;  overrides  {field: value} on top of it
+    """
     state, inside = _read(Path(path))
-    if config is None:
-        if inside is None:
-            raise UsageError(f"{path} does not say its configuration; name a preset or pass --set")
-        config = configuration.from_dict(json.loads(inside))
+    if config is None and inside is None:
+        raise UsageError(f"{path} does not say its configuration; name a preset")
+    base = json.loads(inside) if config is None else dataclasses.asdict(config)
+    config = configuration.from_dict({**base, **overrides})
     if (Path(run) / "config.json").exists():
         raise UsageError(f"{run} holds a run already; choose another --out")
     model = build(config, "meta")

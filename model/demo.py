@@ -3,7 +3,6 @@
 Each is a `python -m model train` of its own, two at a time; this process reads their metrics.
 """
 
-import json
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from model.config import CONTENDERS, UsageError
 from model.diagnostics import tapped_layers
+from model.train import read_rows
 
 PROCESSES = 2
 LOCKED = 0.98  # TCS of the last block above which its tokens are one token
@@ -23,6 +23,10 @@ def run(preset, folder, overrides, show):
 
     show  called about twice a second with {residual: rows so far}
     """
+    fixed = {"probes", *(name for fields in CONTENDERS.values() for name in fields)}
+    given = sorted(fixed & overrides.keys())
+    if given:
+        raise UsageError(f"demo sets {', '.join(sorted(fixed))} itself, got {', '.join(given)}")
     folder = Path(folder)
     waiting, running = list(CONTENDERS), {}
     try:
@@ -62,8 +66,7 @@ def rows(folder):
     table = {}
     for name in CONTENDERS:
         path = Path(folder) / name / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.is_file() else []
-        table[name] = [json.loads(line) for line in lines if line.endswith("}")]
+        table[name] = read_rows(path) if path.is_file() else []
     return table
 
 
@@ -94,14 +97,13 @@ def summary(name, rows):
     return loss, tcs, last_block(rows[-1], "rho"), ratio(rows[-1]), seconds, verdict
 
 
-def figure(table, preset, trivial, path):
+def figure(table, depth, trivial, path):
     """Loss, TCS, rho and G_mean/G_ctr over the steps; `trivial`: see trivial_loss."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    depth = int(preset.removeprefix("collapse"))
     panels = (
         ("loss", f"training loss, mean of {SMOOTH} steps", lambda r: r["loss"], "linear"),
         ("TCS", "token cosine similarity, last block", lambda r: last_block(r, "tcs"), "linear"),

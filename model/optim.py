@@ -43,6 +43,12 @@ class Average:
         self.tensors = start if decay else {}
 
     @torch.no_grad()
+    def restart(self):
+        """Begin from the model's weights as they are now."""
+        for name, average in self.tensors.items():
+            average.copy_(self._live[name])
+
+    @torch.no_grad()
     def update(self):
         if self.decay:
             live = [p.float() for p in self._live.values()]

@@ -99,7 +99,7 @@ def measure(config, steps=2):
     device = prepare(config)
     dataset = open_dataset(config)
     _steps(dataclasses.replace(config, depth=1), dataset, device, 1)  # libraries make their buffers
-    if device == "cpu":
+    if torch.device(device).type == "cpu":
         before = _resident("VmRSS")
         seconds = _steps(config, dataset, device, steps)
         return _resident("VmHWM") - before, seconds

@@ -7,7 +7,7 @@ order, and however a batch is split. Philox: Salmon et al., "Parallel random num
 import numpy as np
 import torch
 
-PURPOSES = ("data", "order", "noise", "time", "drop", "sample", "words", "held out")
+PURPOSES = ("data", "order", "noise", "time", "drop", "sample", "words")
 
 
 def stream(seed, purpose, step=0, sample=0):
@@ -26,4 +26,5 @@ def normal(seed, purpose, step, samples, shape):
 
 def uniform(seed, purpose, step, samples):
     """Uniform in [0, 1), (len(samples),), float64."""
-    return torch.tensor([stream(seed, purpose, step, sample).random() for sample in samples])
+    draws = [stream(seed, purpose, step, sample).random() for sample in samples]
+    return torch.tensor(draws, dtype=torch.float64)

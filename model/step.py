@@ -37,12 +37,12 @@ def draw_batch(config, dataset, step):
     indices = [dataset.index(n) for n in numbers]
     images, texts = zip(*(dataset.get(i) for i in indices), strict=True)
     x0 = torch.stack(images)
-    if not torch.isfinite(x0).all():
-        bad = next(i for i, x in zip(indices, images, strict=True) if not torch.isfinite(x).all())
-        raise UsageError(
-            f"sample {bad} of the data ({dataset.fingerprint}) holds a value that is not finite; "
-            f"step {step + 1} was not taken: mend the sample and resume"
-        )
+    for index, *sample in zip(indices, images, texts, strict=True):
+        if not all(torch.isfinite(t).all() for t in sample):
+            raise UsageError(
+                f"sample {index} of the data ({dataset.fingerprint}) or its caption holds a value "
+                f"that is not finite; step {step + 1} was not taken: mend the sample and resume"
+            )
     dropped = rng.uniform(config.seed, "drop", step, numbers) < config.caption_drop
     text = torch.stack([dataset.empty if d else t for t, d in zip(texts, dropped, strict=True)])
     t = flow.times(rng.uniform(config.seed, "time", step, numbers), config.time, config.time_shift)
@@ -67,7 +67,8 @@ def gradients(config, model, batch, device):
         (losses.sum() / config.batch).backward()
         losses = losses.detach()
         loss = loss + losses.sum() / config.batch
-        member = torch.nn.functional.one_hot((part.t * QUARTERS).long(), QUARTERS).to(losses)
+        quarter = (part.t * QUARTERS).long().clamp(max=QUARTERS - 1)  # t may round to 1
+        member = torch.nn.functional.one_hot(quarter, QUARTERS).to(losses)
         quarters = quarters + torch.stack([losses @ member, member.sum(0)])
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     return loss, norm, quarters
@@ -94,7 +95,7 @@ def prepare(config):
     device = choose_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
-    if device == "cpu" and config.checkpointing != "none":
+    if torch.device(device).type == "cpu" and config.checkpointing != "none":
         heap.return_freed_memory()  # who recomputes wants memory more than time
     return device
 

@@ -45,8 +45,11 @@ def train(config, folder, resume="auto", guard=None, on_step=None):
     step = 0
     if start_from is not None:
         step = checkpoint.restore(start_from, *state)
-        if start_from.parent == folder / "checkpoints":
+        if _is_of(start_from, folder):
             checkpoint.point_to(start_from)  # also where it is not the newest
+    backend = mv_backend(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1) + "\n")
     probes = diagnostics.attach(model) if config.probes else {}
     if config.compile:
         for block in model.blocks:
@@ -54,7 +57,7 @@ def train(config, folder, resume="auto", guard=None, on_step=None):
                 block.compile()
     loader = _Loader(config, dataset, step)
 
-    with _Metrics(config, folder, step) as log, mv_backend(config), loader:
+    with _Metrics(config, folder, step) as log, backend, loader:
         while step < config.steps:
             batch = loader.next()
             loss, norm, quarters = gradients(config, model, batch, device)
@@ -102,10 +105,15 @@ def mv_backend(config):
 
 
 def _starting_point(config, folder, resume):
-    """The checkpoint to go on from, or None; prepares the folder."""
+    """The checkpoint to go on from, or None."""
     has_run = (folder / "config.json").is_file()
     if resume not in ("auto", "never"):
         found = checkpoint.find(resume)
+        if checkpoint.newest_step(folder) is not None and not _is_of(found, folder):
+            raise UsageError(
+                f"{folder} holds checkpoints of its own; resume from one of them, or choose "
+                "another --out"
+            )
     elif has_run and resume == "never":
         raise UsageError(f"{folder} holds a run already; choose another --out, or --resume auto")
     else:
@@ -121,10 +129,12 @@ def _starting_point(config, folder, resume):
             )
     if found is not None:
         checkpoint.read_meta(found)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(dataclasses.asdict(config), indent=1) + "\n"
-    _replace(folder / "config.json", text)
     return found
+
+
+def _is_of(found, folder):
+    """Is a checkpoint one of the run's in the folder?"""
+    return found.resolve().parent == (folder / "checkpoints").resolve()
 
 
 def _sample_grid(config, folder, step, model, dataset, average):
@@ -175,10 +185,7 @@ class _Metrics:
         self.config, self.path, self.last = config, folder / "metrics.jsonl", None
         kept = []
         if self.path.is_file():  # a run that was killed may have gone on after its checkpoint
-            rows = [
-                json.loads(line) for line in self.path.read_text().splitlines() if line[-1:] == "}"
-            ]
-            kept = [row for row in rows if row["step"] <= step]
+            kept = [row for row in read_rows(self.path) if row["step"] <= step]
             self.last = kept[-1] if kept else None
         _replace(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._since, self._at = step, time.perf_counter()
@@ -215,6 +222,17 @@ class _Metrics:
         if self._board:
             for name in ("loss", "grad_norm", "lr", "seconds_per_step"):
                 self._board.add_scalar(name, metrics[name], metrics["step"])
+
+
+def read_rows(path):
+    """The lines of a metrics.jsonl, without a last one that was cut short."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
 
 
 def _finite(value):

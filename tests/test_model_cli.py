@@ -46,6 +46,14 @@ def test_help_is_enough(capsys):
             assert all(re.search(rf"^  {name}\b", text, re.M) for name in FIELDS)
 
 
+def test_nothing_left_to_do_is_said(run, tmp_path, capsys):
+    args = ["--resume", str(run), "--set", *SMALL, "log_every=2"]
+    assert main(["train", "tiny", "--out", str(tmp_path / "new"), *args]) == 0
+    assert "nothing left to do" in capsys.readouterr().out
+    assert main(["train", "--config", str(run / "config.json")]) == 2
+    assert "name the run's folder too" in capsys.readouterr().err
+
+
 def test_training_goes_on_where_it_stood(run, capsys):
     assert (
         main(["train", "tiny", "--out", str(run), "--quiet", "--set", *SMALL, "log_every=2"]) == 0
@@ -92,8 +100,13 @@ def test_a_sample_is_a_picture_and_how_it_was_made(run, capsys):
     caption = "a red circle at the top left on blue"
     assert main([*args, "--caption", caption, "--out", str(run / "one.png")]) == 0
     assert json.loads((run / "one.json").read_text())["captions"] == [caption] * 3
-    assert main([*args, "--out", str(run / "one.png")]) == 2
-    assert "exists; choose another" in capsys.readouterr().err
+    for name in ("one.png", "config.png"):  # beside it there is a config.json
+        assert main([*args, "--out", str(run / name)]) == 2
+        assert "exists; choose another" in capsys.readouterr().err
+    assert main([*args, "--set", "time_shift=4"]) == 2
+    assert "time_shift is the run's" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*args, "--guidance", "nan"])
 
 
 def test_a_sample_does_not_depend_on_its_batch_mates():
@@ -123,6 +136,7 @@ def test_eval_prints_shares_beside_chance(run, tmp_path, capsys):
     assert re.search(r"colour +│ +\d+\.\d% │ +16\.7%", out)
     shares = json.loads(path.read_text())["shares"]
     assert list(shares) == ["colour", "shape", "position", "ground", "all"]
+    assert main(["eval", str(run), "-n", "8", "--steps", "2", "--json", str(path)]) == 2
 
 
 @pytest.mark.parametrize("to", ["official", "safetensors"])
@@ -146,10 +160,20 @@ def test_exported_weights_come_back_bit_for_bit(run, tmp_path, to, capsys):
 def test_only_mvsplit_has_an_official_layout(tmp_path, capsys):
     small = [*SMALL, "residual=layerscale", "steps=1"]
     assert main(["train", "--out", str(tmp_path / "r"), "--quiet", "--set", *small]) == 0
-    file = str(tmp_path / "m.pt")
-    assert main(["export", str(tmp_path / "r"), "--to", "official", "--out", file]) == 2
-    assert "use --to safetensors" in capsys.readouterr().err
-    assert main(["export", str(tmp_path / "r"), "--to", "safetensors", "--out", file]) == 0
+    export = ["export", str(tmp_path / "r"), "--to"]
+    for to, file, message in (
+        ("official", "m.pt", "use --to safetensors"),
+        ("safetensors", "m.pt", "name it .safetensors"),
+        ("safetensors", "none/m.safetensors", "make it first"),
+    ):
+        assert main([*export, to, "--out", str(tmp_path / file)]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*export, "safetensors", "--out", str(tmp_path / "m.safetensors")]) == 0
+    file = str(tmp_path / "m.safetensors")
+    again = ["import", file, "--out", str(tmp_path / "b"), "--set", "steps=9"]
+    assert main(again) == 0
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert (config["steps"], config["depth"]) == (9, 3)
 
 
 def test_a_demonstration_trains_three_and_draws_them(tmp_path):
@@ -172,6 +196,9 @@ def test_a_demonstration_trains_three_and_draws_them(tmp_path):
         (["train", "--set", "data=latents"], "no latents at"),
         (["train", "--config", "none.json"], "cannot read the configuration none.json"),
         (["train", "--resume", "nowhere"], "nowhere is neither a run"),
+        (["train", "tiny", "--config", "x.json"], "name a preset or a --config, not both"),
+        (["train", "--set", f"seed={1 << 64}"], "seed must be below 2^63"),
+        (["demo", "--set", "residual=post"], "demo sets "),
         (["sample", "nowhere"], "nowhere is neither a run with a checkpoint nor a checkpoint"),
         (["import", "none.pt", "tiny"], "no file none.pt"),
     ],

@@ -2,10 +2,12 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from model.config import UsageError, preset
 from model.data import latents, open_dataset, shapes
 from model.evaluate import by_chance, matches
+from model.train import train
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +110,8 @@ def test_every_epoch_has_every_latent_in_an_order_of_its_own(folder):
     epochs = [[dataset.index(10 * e + i) for i in range(10)] for e in range(3)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
+    other = open_dataset(small(folder[0], seed=1))
+    assert [other.index(i) for i in range(10)] != epochs[0]
     again = open_dataset(small(folder[0]))
     assert [again.index(20 + i) for i in range(10)] == epochs[2]
 
@@ -117,6 +121,19 @@ def change(name, value):
         manifest = json.loads((path / "dataset.json").read_text())
         manifest[name] = value
         (path / "dataset.json").write_text(json.dumps(manifest))
+
+    return edit
+
+
+def rewrite(**changes):
+    """The first shard with tensors changed, or left out."""
+
+    def edit(path):
+        file = path / "shard-00000.safetensors"
+        tensors = load_file(file)
+        for name, f in changes.items():
+            tensors[name] = f(tensors[name]) if f else None
+        save_file({name: t for name, t in tensors.items() if t is not None}, file)
 
     return edit
 
@@ -132,6 +149,18 @@ def cut(name):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
+        (change("empty_caption", 3), "dataset.json: a caption must be 0 to 2, .* got 3 to 3"),
+        (rewrite(caption=lambda t: t + 1), "shard-00000.* a caption must be 0 to 2, .* got 1 to 3"),
+        (rewrite(caption=lambda t: t - 1), "a caption must be 0 to 2, .* got -1 to 1"),
+        (rewrite(caption=None), "shard-00000.safetensors: has no caption"),
+        (rewrite(latents=None), "got no latents"),
+        (rewrite(latents=lambda t: t * float("nan")), "first 10 latents hold .* not finite"),
+        (change("shards", []), "shards must be a list of"),
+        (change("shards", [{"count": 6}]), "shards must be a list of"),
+        (
+            change("text_shards", [{"file": "text-00000.safetensors", "count": 0}]),
+            "text_shards must",
+        ),
         (change("channels", 5), "channels is 5, but the model is configured for 4"),
         (change("format", "other"), '"format" must be'),
         (change("mean", None), "mean is missing or of the wrong type"),
@@ -155,3 +184,25 @@ def test_captions_without_embedding_and_folders_in_use_are_refused(folder):
         open_dataset(small(folder[0])).embed(["three"])
     with pytest.raises(UsageError, match="holds a dataset already"):
         latents.write(folder[0], [], [], torch.zeros(1, 3, 8), 0)
+    batch, other = (torch.zeros(2, 4, 8, 8), torch.tensor([0, 1])), folder[0].parent / "other"
+    for batches, message in (([], "at least one batch"), ([batch], "needs 2 captions of 0 to 0")):
+        with pytest.raises(UsageError, match=message):
+            latents.write(other, batches, [""], torch.zeros(1, 3, 8), 0)
+        assert not (other / "dataset.json").exists()
+
+
+def test_a_sample_that_is_not_finite_stops_training_and_is_named(folder, tmp_path):
+    path = folder[0]
+    text = load_file(path / "text-00000.safetensors")["text"]
+    text[1] = float("nan")
+    save_file({"text": text}, path / "text-00000.safetensors")
+    latents._open.cache_clear()
+    with pytest.raises(UsageError, match="sample .* or its caption holds a value that is not fin"):
+        train(small(path, depth=1, steps=5), tmp_path / "run")
+
+
+def test_latents_train_to_a_checkpoint_that_knows_them(folder, tmp_path):
+    train(small(folder[0], depth=1, steps=2), tmp_path / "run")
+    change("source", "changed")(folder[0])
+    with pytest.raises(UsageError, match="was trained on latents, .*; the data now are latents"):
+        train(small(folder[0], depth=1, steps=3), tmp_path / "run")

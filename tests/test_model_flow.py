@@ -72,6 +72,7 @@ def test_a_stream_is_named_by_seed_purpose_step_and_sample():
     whole = rng.normal(3, "noise", 7, range(6), (2, 3))
     parts = [rng.normal(3, "noise", 7, range(i, i + 2), (2, 3)) for i in (0, 2, 4)]
     assert torch.equal(whole, torch.cat(parts))
+    assert rng.uniform(0, "time", 0, range(3)).dtype == torch.float64  # float32 may round to 1
     assert abs(rng.normal(0, "noise", 0, range(200), (100,)).std() - 1) < 0.02
     assert 0.45 < rng.uniform(0, "time", 0, range(2000)).mean() < 0.55
 

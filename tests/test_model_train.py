@@ -71,13 +71,14 @@ def test_a_finished_run_is_left_as_it_is(whole, tmp_path):
     assert {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()} == before
 
 
-def test_resuming_from_an_older_checkpoint_takes_its_metrics_back(whole, tmp_path):
+def test_resuming_from_an_older_checkpoint_takes_its_metrics_back(whole, tmp_path, monkeypatch):
     run = tmp_path / "run"
     train(small(ema=0.9, save_every=5, keep=9), run)
     names = sorted(p.name for p in (run / "checkpoints").glob("step-*"))
     assert names == [f"step-{n:08d}" for n in (5, 10, 15, 20)]
     older = str(run / "checkpoints" / names[1])
-    train(small(ema=0.9, save_every=5, keep=9), run, resume=older, guard=lambda metrics: "stop")
+    monkeypatch.chdir(tmp_path)  # run is the same folder by another path
+    train(small(ema=0.9, save_every=5, keep=9), "run", resume=older, guard=lambda metrics: "stop")
     assert checkpoint.newest_step(run) == 10  # a kill from here on goes on from 10
     train(small(ema=0.9, save_every=5, keep=9), run)
     assert_same_run(whole, run)
@@ -160,6 +161,15 @@ def test_the_loss_by_time_adds_up():
     loss, _, (sums, counts) = gradients(config, build(config), batch, "cpu")
     assert counts.sum() == 32 and torch.allclose(sums.sum() / 32, loss)
     assert counts[0] == (batch.t < 0.25).sum()
+
+
+def test_a_time_that_rounds_to_one_is_of_the_last_quarter():
+    """Of 50,000 steps of 1024 samples some come so near to 1."""
+    config = small()
+    batch = draw_batch(config, open_dataset(config), 0)
+    batch.t[2] = 1.0
+    loss, _, (_, counts) = gradients(config, build(config), batch, "cpu")
+    assert torch.isfinite(loss) and counts[3] >= 1 and counts.sum() == 4
 
 
 def test_a_batch_is_its_step_and_drops_captions_at_the_rate():
@@ -341,6 +351,41 @@ def test_another_configuration_does_not_go_on_with_a_run(whole):
         train(small(), whole.parent / "new", resume=str(whole.parent))
     with pytest.raises(UsageError, match="trained with depth=3, not 4"):
         train(small(depth=4), whole.parent / "new", resume=str(whole))
+    with pytest.raises(UsageError, match="backend must be one of"):
+        train(small(backend="gpu"), whole.parent / "new")
+    assert not (whole.parent / "new").exists()  # a run that cannot be leaves nothing behind
+
+
+def test_a_new_run_may_begin_from_another_ones_checkpoint(whole, tmp_path):
+    train(small(ema=0.9, steps=22), tmp_path / "new", resume=str(whole))
+    assert checkpoint.newest_step(tmp_path / "new") == 22
+    assert checkpoint.newest_step(whole) == 20
+    train(small(ema=0.9, steps=2), tmp_path / "other")
+    before = {p: p.read_bytes() for p in (tmp_path / "other").rglob("*") if p.is_file()}
+    with pytest.raises(UsageError, match="holds checkpoints of its own"):
+        train(small(ema=0.9, steps=22), tmp_path / "other", resume=str(whole))
+    assert {p: p.read_bytes() for p in (tmp_path / "other").rglob("*") if p.is_file()} == before
+
+
+def test_an_imported_model_trains_and_averages_from_its_own_weights(whole, tmp_path):
+    from model.convert import export, import_weights
+
+    export(whole, tmp_path / "w.safetensors", "safetensors")
+    import_weights(tmp_path / "w.safetensors", tmp_path / "run", None, {"lr": 0.0})
+    config = checkpoint.read_meta(checkpoint.find(tmp_path / "run"))["config"]
+    train(config, tmp_path / "run")  # without a learning rate nothing moves
+    tensors, _ = state_of(tmp_path / "run")
+    for name, p in build(config).named_parameters():
+        assert torch.allclose(tensors[f"average.{name}"], tensors[f"model.{name}"], atol=1e-6)
+        assert not p.any() or not torch.equal(p, tensors[f"model.{name}"]), name
+
+
+def test_a_metrics_line_cut_short_is_dropped(tmp_path):
+    train(small(steps=4), tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text().rstrip()[:-1])  # still ends in a brace
+    assert train(small(steps=5), tmp_path)["step"] == 5
+    assert [row["step"] for row in state_of(tmp_path)[1]] == [1, 2, 3, 5]
 
 
 def test_a_checkpoint_of_other_data_is_refused(whole):
@@ -359,6 +404,7 @@ def truncate(path):
         (lambda f: truncate(f / "model-00000.safetensors"), "expected .* bytes, got .* damaged"),
         (lambda f: (f / "adamw-00000.safetensors").unlink(), "no such file; the checkpoint is dam"),
         (lambda f: (f / "meta.json").write_text("{"), "meta.json cannot be read"),
+        (lambda f: (f.parent / "latest").write_text(""), "latest must name a checkpoint .*got ''"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_with_those_that_are_whole(tmp_path, damage, message):
@@ -367,7 +413,7 @@ def test_a_damaged_checkpoint_is_named_with_those_that_are_whole(tmp_path, damag
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     with pytest.raises(UsageError, match=message) as error:
         train(small(steps=6), tmp_path)
-    assert "meta.json" in message or "resume from another: step-00000002" in str(error.value)
+    assert "meta.json" in message or "resume from another: step-0000000" in str(error.value)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 

@@ -35,8 +35,10 @@ class Latents:
         self.manifest = _parse(text, self.folder)
         self._match(config)
         self.fingerprint = f"latents, {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        self._seed = config.seed
         self._latents = _Shards(self, "shards", "latents", ("channels", "size", "size"))
         self._text = _Shards(self, "text_shards", "text", ("text_tokens", "text_dim"))
+        self._check_captions()
         self.empty = self._text.get(self.manifest["empty_caption"])["text"].float()
         self._check_scale()
 
@@ -89,7 +91,7 @@ class Latents:
 
     @functools.lru_cache(maxsize=2)  # noqa: B019  # datasets live as long as the process
     def _order(self, epoch):
-        return stream(self.manifest["order_seed"], "order", epoch).permutation(len(self))
+        return stream(self._seed, "order", epoch).permutation(len(self))
 
     def _match(self, config):
         for name in ("channels", "size", "text_tokens", "text_dim"):
@@ -100,9 +102,25 @@ class Latents:
                     f"--set {name}={self.manifest[name]}"
                 )
 
+    def _check_captions(self):
+        """Every latent's caption, and the empty one, is a row of text."""
+        empty = torch.tensor([self.manifest["empty_caption"]])
+        columns = {MANIFEST: empty, **self._latents.columns("caption")}
+        for name, captions in columns.items():
+            if captions.min() < 0 or captions.max() >= len(self._text):
+                raise UsageError(
+                    f"{self.folder / name}: a caption must be 0 to {len(self._text) - 1}, rows of "
+                    f"text, got {captions.min()} to {captions.max()}"
+                )
+
     def _check_scale(self):
         n = min(len(self), 64)
-        rms = torch.stack([self.get(i)[0] for i in range(n)]).square().mean().sqrt().item()
+        first = torch.stack([self.get(i)[0] for i in range(n)])
+        if not torch.isfinite(first).all():
+            raise UsageError(
+                f"{self.folder}: the first {n} latents hold a value that is not finite"
+            )
+        rms = first.square().mean().sqrt().item()
         if not RMS[0] <= rms <= RMS[1]:
             raise UsageError(
                 f"{self.folder}: the first {n} latents have a root mean square of {rms:.3g} after "
@@ -119,12 +137,18 @@ class _Shards:
         self._ends = list(itertools.accumulate(counts))
         row = [dataset.manifest[name] for name in shape]
         for path, count in zip(self._files, counts, strict=True):
-            found = _open(path).get_slice(tensor).get_shape() if path.is_file() else None
+            names = _open(path).keys() if path.is_file() else ()
+            found = _open(path).get_slice(tensor).get_shape() if tensor in names else None
             if found != [count, *row]:
-                raise UsageError(
-                    f"{path}: the manifest says {tensor} {[count, *row]}, "
-                    f"got {found or 'no such file'}"
-                )
+                got = found or (f"no {tensor}" if names else "no such file")
+                raise UsageError(f"{path}: the manifest says {tensor} {[count, *row]}, got {got}")
+
+    def columns(self, tensor):
+        """{file name: a small tensor of all its rows}."""
+        for path in self._files:
+            if tensor not in _open(path).keys():
+                raise UsageError(f"{path}: has no {tensor}")
+        return {path.name: _open(path).get_tensor(tensor) for path in self._files}
 
     def __len__(self):
         return self._ends[-1]
@@ -159,7 +183,7 @@ def _read(path):
 
 _NAMES = {
     **dict.fromkeys(("channels", "size", "text_tokens", "text_dim"), int),
-    **dict.fromkeys(("empty_caption", "order_seed"), int),
+    "empty_caption": int,
     **dict.fromkeys(("mean", "std"), (int, float)),
     **dict.fromkeys(("shards", "text_shards"), list),
 }
@@ -176,7 +200,21 @@ def _parse(text, folder):
     for name, kind in _NAMES.items():
         if not isinstance(manifest.get(name), kind):
             raise UsageError(f"{path}: {name} is missing or of the wrong type")
+    for name in ("shards", "text_shards"):
+        if not manifest[name] or not all(map(_is_entry, manifest[name])):
+            raise UsageError(
+                f'{path}: {name} must be a list of {{"file": name, "count": 1 or more}}'
+            )
     return manifest
+
+
+def _is_entry(entry):
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("file"), str)
+        and isinstance(entry.get("count"), int)
+        and entry["count"] > 0
+    )
 
 
 def write(folder, batches, captions, text, empty_caption, source="", mean=0.0, std=1.0):
@@ -196,14 +234,20 @@ def write(folder, batches, captions, text, empty_caption, source="", mean=0.0, s
     folder.mkdir(parents=True, exist_ok=True)
     shards = []
     for i, (latents, caption) in enumerate(batches):
+        if len(caption) != len(latents) or caption.min() < 0 or caption.max() >= len(text):
+            raise UsageError(
+                f"latents.write: batch {i} needs {len(latents)} captions of 0 to {len(text) - 1}"
+            )
         shards.append({"file": f"shard-{i:05d}.safetensors", "count": len(latents)})
         tensors = {"latents": latents.contiguous(), "caption": caption.long().contiguous()}
         save_file(tensors, folder / shards[-1]["file"])
+    if not shards:
+        raise UsageError("latents.write: there must be at least one batch")
     save_file({"text": text.contiguous()}, folder / "text-00000.safetensors")
     lines = (json.dumps({"caption": caption}) + "\n" for caption in captions)
     (folder / CAPTIONS).write_text("".join(lines))
     manifest = {
-        "format": FORMAT, "source": source, "mean": mean, "std": std, "order_seed": 0,
+        "format": FORMAT, "source": source, "mean": mean, "std": std,
         "channels": latents.shape[1], "size": latents.shape[2],
         "text_tokens": text.shape[1], "text_dim": text.shape[2], "empty_caption": empty_caption,
         "shards": shards,
