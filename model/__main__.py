@@ -190,7 +190,8 @@ def demo(args):
     config = configuration.preset(args.preset, **overrides)
     out = args.out or Path("runs") / f"demo-{args.preset}"
     trivial = demonstration.trivial_loss(open_dataset(config))
-    with Live(console=_console(), refresh_per_second=4) as live:
+    console = _console()
+    with Live(console=console, refresh_per_second=4) as live:
 
         def show(table):
             live.update(_demo_table(demonstration, table, config, trivial))
@@ -198,7 +199,7 @@ def demo(args):
         table = demonstration.run(args.preset, out, overrides, show)
     picture = out / f"{args.preset}.png"
     demonstration.figure(table, config.depth, trivial, picture)
-    print(f"figure: {picture}")
+    console.print(f"\nfigure: {picture}", highlight=False)
 
 
 def _demo_table(demonstration, table, config, trivial):
