@@ -10,7 +10,7 @@ from model.config import CONTENDERS, preset
 from model.data import open_dataset
 from model.dit import build
 from model.optim import make_optimizer
-from model.step import draw_batch, gradients, prepare, update
+from model.step import draw_batch, gradient_norm, gradients, prepare, update
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Row:
     residual: str
     backend: str
     gradients: float  # forward and backward
-    update: float  # clipping and AdamW
+    update: float  # the gradient norm, clipping and AdamW
 
     @property
     def step(self):
@@ -72,10 +72,10 @@ def _step(config, batch, device, backend):
 
     def forward():
         with mv.use_backend(backend):
-            return gradients(config, model, batch, device)[1]
+            gradients(config, model, batch, device)
 
-    def backward(norm):
-        update(config, 0, model, optimizer, norm)
+    def backward(_):
+        update(config, 0, optimizer, gradient_norm(optimizer))
 
     return forward, backward
 

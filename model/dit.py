@@ -137,15 +137,19 @@ class Block(nn.Module):
 
     def forward(self, x, jx, cos, sin, segments):
         """x (B, T, D) and jx, its segment means or None -> the next trunk and its means or None."""
-        x, jx = self._merge(self.fused_mvsplit_norm1, x, jx, "attention",
-                            self.operator(x, cos, sin), segments)  # fmt: skip
-        x, jx = self._merge(self.fused_mvsplit_norm2, x, jx, "ffn", self.ffn(x), segments)
+        operator, ffn = self.operator, self.ffn
+        h = operator(x, cos, sin)
+        x, jx = self._merge(
+            self.fused_mvsplit_norm1, x, jx, "attention", operator.proj, h, segments
+        )
+        h = ffn(x)
+        x, jx = self._merge(self.fused_mvsplit_norm2, x, jx, "ffn", ffn.w2, h, segments)
         if self.probe is not None:
             self.probe.trunk(x, segments)
         return x, jx
 
-    def _merge(self, merge, x, jx, name, h, segments):
-        f = self.writers[name](h).view_as(x)
+    def _merge(self, merge, x, jx, name, writer, h, segments):
+        f = writer(h).view_as(x)
         if self.probe is not None:
             f = self.probe.writer(name, h.view(*x.shape[:2], -1), f, segments)
         if self.carry:

@@ -21,7 +21,7 @@ from model.config import recomputed_blocks
 from model.data import open_dataset
 from model.dit import DiT, build, in_precision
 from model.optim import make_optimizer
-from model.step import Batch, draw_batch, gradients, prepare, update
+from model.step import Batch, draw_batch, gradient_norm, gradients, prepare, update
 
 POLICIES = ("none", "3/4", "full", "selective")
 MOMENTS = 2  # AdamW's
@@ -115,8 +115,9 @@ def _steps(config, dataset, device, steps):
     for step in range(steps):
         batch = draw_batch(config, dataset, step)
         start = time.perf_counter()
-        _, norm, _ = gradients(config, model, batch, device)
-        update(config, step, model, optimizer, norm)
+        gradients(config, model, batch, device)
+        norm = gradient_norm(optimizer)
+        update(config, step, optimizer, norm)
         float(norm)  # waits for a GPU
         seconds = time.perf_counter() - start
     return seconds

@@ -20,7 +20,7 @@ from model.config import FREE_ON_RESUME, UsageError
 from model.data import open_dataset
 from model.dit import build
 from model.optim import Average, learning_rate, make_optimizer
-from model.step import draw_batch, gradients, prepare, update
+from model.step import draw_batch, gradient_norm, gradients, prepare, update
 
 
 class Diverged(RuntimeError):
@@ -60,7 +60,8 @@ def train(config, folder, resume="auto", guard=None, on_step=None):
     with _Metrics(config, folder, step) as log, backend, loader:
         while step < config.steps:
             batch = loader.next()
-            loss, norm, quarters = gradients(config, model, batch, device)
+            loss, quarters = gradients(config, model, batch, device)
+            norm = gradient_norm(optimizer)
             if not math.isfinite(float(loss + norm)):
                 raise Diverged(
                     f"step {step + 1}: loss {float(loss):g}, gradient norm {float(norm):g}; the "
@@ -72,7 +73,7 @@ def train(config, folder, resume="auto", guard=None, on_step=None):
                 metrics = log.measure(step + 1, loss, norm, quarters, probes)
             verdict = guard(metrics) if guard else "go"
             if verdict == "go":
-                update(config, step, model, optimizer, norm)
+                update(config, step, optimizer, norm)
                 average.update()
             else:
                 optimizer.zero_grad(set_to_none=True)

@@ -195,7 +195,7 @@ def step_of(config, seed=0):
     """Loss and gradients of one step of a randomised model."""
     model = randomised(config, seed)
     batch = draw_batch(config, open_dataset(config), 0)
-    loss, _, _ = gradients(config, model, batch, "cpu")
+    loss, _ = gradients(config, model, batch, "cpu")
     return loss, [p.grad for p in model.parameters() if p.requires_grad]
 
 
