@@ -4,12 +4,14 @@ import pytest
 import torch
 
 import mvsplit_ops as mv
+import simt
 from bench import interpreter
 from mvsplit_ops import _C
 
 GPU = torch.cuda.is_available()
 if not GPU:
     interpreter.use()  # Triton's kernels on CPU tensors
+    simt.install()  # and CUDA's
 
 
 def pytest_generate_tests(metafunc):
@@ -23,10 +25,11 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("case", list(metafunc.cls.variants), indirect=True)
     if "capability" in metafunc.fixturenames:
         cpu = [("cpu", name) for name in _C.capabilities()]
-        pairs = [*cpu, ("triton", "gpu" if GPU else "interpreted")]
+        triton, cuda = ("gpu", "gpu") if GPU else ("interpreted", "emulated")
+        pairs = [*cpu, ("triton", triton), ("cuda", cuda)]
         metafunc.parametrize(("backend", "capability"), pairs, indirect=True)
     else:
-        metafunc.parametrize("backend", ("cpu", "triton"), indirect=True)
+        metafunc.parametrize("backend", ("cpu", "triton", "cuda"), indirect=True)
 
 
 @pytest.fixture

@@ -32,9 +32,10 @@ class Effort:
     long: tuple[int, int]  # segments of several tasks or programs
 
 
-EFFORT = {"cpu": Effort(25, 70, (70, 65)), "triton": Effort(25, 70, (70, 65))}
+EFFORT = dict.fromkeys(("cpu", "triton", "cuda"), Effort(25, 70, (70, 65)))
 if not torch.cuda.is_available():
     EFFORT["triton"] = Effort(3, 20, (20, 17))
+    EFFORT["cuda"] = Effort(10, 40, (40, 33))
 SMALL = Shape(B=2, segments=(5, 1, 3), D=48, H=3, F=20)
 PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mvsplit_ops.triton_kernels._host import accumulator, ceil_div, new
+
 # Triton decides at import whether kernels are interpreted, on CPU tensors, or compiled.
 INTERPRETED = triton.knobs.runtime.interpret
 OLDEST = (3, 5)
@@ -31,34 +33,8 @@ def launch(kernel, programs, like, *args, **options):
         kernel[(programs,)](*args, **options)
 
 
-def accumulator(t):
-    """The dtype that kernels compute and keep statistics in."""
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
-
-
-def new(like, shape, dtype=None):
-    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
-
-
 def new_statistics(like, *shape):
     return new(like, shape, accumulator(like))
-
-
-def require(name, t, shape, *dtypes):
-    """The arguments of a backward kernel belong together: it reads no byte beside its tensors."""
-    got = None if t is None else (t.dtype, tuple(t.shape))
-    if got is None or got[1] != tuple(shape) or got[0] not in dtypes:
-        expected = f"{' or '.join(map(str, dict.fromkeys(dtypes)))} {tuple(shape)}"
-        raise RuntimeError(f"mvsplit_ops: {name} must be {expected}, got {got}")
-
-
-def ceil_div(a, b):
-    return -(-a // b)
-
-
-def power_of_two(n):
-    """The least power of two that is not less than n: what a block must measure."""
-    return 1 << max(n - 1, 0).bit_length()
 
 
 def sum_rows(partials):

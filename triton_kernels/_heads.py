@@ -20,20 +20,18 @@ heads; a tile is [tokens, heads, pairs], 8 neighbours of the first halves and th
 thread: 16 bytes of bf16. With a weight, partial rows of dw are added by a second launch.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from mvsplit_ops.triton_kernels._common import (
-    accumulator,
+from mvsplit_ops.triton_kernels._common import launch, new_statistics, sum_rows, wide
+from mvsplit_ops.triton_kernels._host import (
     ceil_div,
-    launch,
+    dense,
     new,
-    new_statistics,
     power_of_two,
-    require,
-    sum_rows,
-    wide,
+    require_heads,
+    tables,
+    with_rows,
 )
 
 # Pairs of a tile, its warps: 8 pairs a thread, of bf16 two 16-byte loads in flight forward and four
@@ -43,19 +41,19 @@ MOST_HEADS = 8  # of a tile; more are taken in turns, against the same angles
 MOST_PARTIALS = 1024  # rows of dw: some programs for each of 132 SMs, and little to add
 
 
-def forward(xs, weights, tables, eps, *, interleaved, conjugate, norm, norm_first):
+def forward(xs, weights, angles, eps, *, interleaved, conjugate, norm, norm_first):
     """Of x, or of q and k: [result], [rstd or None]."""
-    xs, weights = [_with_rows(x) for x in xs], [_vector(w) for w in weights]
+    xs, weights = [with_rows(x) for x in xs], dense(*weights)
     ys = [new(x, x.shape) for x in xs]
     rstds = [new_statistics(x, *x.shape[:3]) if norm else None for x in xs]
-    tables, table_strides = _tables(tables, xs[0])
+    angles, table_strides = tables(angles, xs[0])
     strides = tuple(x.stride()[:3] for x in xs)
-    tokens, options = _options(xs, tables, interleaved, conjugate, norm_first)
+    tokens, options = _options(xs, angles, interleaved, conjugate, norm_first)
     launch(
         _fwd,
         ceil_div(tokens, options["BLOCK_T"]),
         xs[0],
-        *(tuple(xs), tuple(weights), tables, tuple(ys), tuple(rstds), strides, table_strides),
+        *(tuple(xs), tuple(weights), angles, tuple(ys), tuple(rstds), strides, table_strides),
         *(xs[0].shape[1], tokens),
         EPS=eps,
         NORM=norm,
@@ -64,21 +62,15 @@ def forward(xs, weights, tables, eps, *, interleaved, conjugate, norm, norm_firs
     return ys, rstds
 
 
-def backward(dys, kept, rstds, weights, tables, *, interleaved, conjugate, norm_first):
+def backward(dys, kept, rstds, weights, angles, *, interleaved, conjugate, norm_first):
     """Of q and k: [dx], [dw; empty without a weight]."""
-    for dy, x, rstd, weight in zip(dys, kept, rstds, weights, strict=True):
-        B, T, _, D = kept[0].shape
-        require("dy", dy, (B, T, x.shape[2], D), kept[0].dtype)
-        require("y", x, dy.shape, dy.dtype)
-        require("rstd", rstd, x.shape[:3], accumulator(x))
-        if weight is not None:
-            require("weight", weight, x.shape[3:], torch.float32, x.dtype)
-    dys, kept = [_with_rows(t) for t in dys], [_with_rows(t) for t in kept]
-    rstds, weights = [t.contiguous() for t in rstds], [_vector(w) for w in weights]
+    require_heads(dys, kept, rstds, weights)
+    dys, kept = [with_rows(t) for t in dys], [with_rows(t) for t in kept]
+    rstds, weights = dense(*rstds), dense(*weights)
     dxs = [new(x, x.shape) for x in kept]
-    tables, table_strides = _tables(tables, kept[0])
+    angles, table_strides = tables(angles, kept[0])
     strides = tuple((*dy.stride()[:3], *x.stride()[:3]) for dy, x in zip(dys, kept, strict=True))
-    tokens, options = _options(kept, tables, interleaved, conjugate, norm_first)
+    tokens, options = _options(kept, angles, interleaved, conjugate, norm_first)
     per_program, weighted = options["BLOCK_T"], sum(w is not None for w in weights)
     if weighted:
         share = ceil_div(tokens, MOST_PARTIALS)
@@ -89,7 +81,7 @@ def backward(dys, kept, rstds, weights, tables, *, interleaved, conjugate, norm_
         _bwd,
         programs,
         kept[0],
-        *(tuple(dys), tuple(kept), tuple(rstds), tuple(weights), tables, tuple(dxs), partials),
+        *(tuple(dys), tuple(kept), tuple(rstds), tuple(weights), angles, tuple(dxs), partials),
         *(strides, table_strides, kept[0].shape[1], tokens, per_program),
         TOGETHER=1 if weighted else 2,  # the sums of dw of both would not fit the registers
         **options,
@@ -99,30 +91,7 @@ def backward(dys, kept, rstds, weights, tables, *, interleaved, conjugate, norm_
     return dxs, [next(none) if w is None else next(dweights) for w in weights]
 
 
-def _with_rows(x):
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _vector(weight):
-    return None if weight is None else weight.contiguous()
-
-
-def _tables(tables, x):
-    """cos and sin with rows of one stride, and their (sample, token) strides; (), () for none."""
-    if not tables:
-        return (), ()
-    cos, sin = tables
-    B, T, _, D = x.shape
-    rows = max(T, cos.shape[-2])
-    expected = (B, rows, D // 2) if cos.dim() == 3 else (rows, D // 2)
-    for name, t in (("cos", cos), ("sin", sin)):
-        require(name, t, expected, torch.float32, x.dtype)
-    if cos.stride(-1) != 1 or sin.stride() != cos.stride():
-        cos, sin = cos.contiguous(), sin.contiguous()
-    return (cos, sin), (cos.stride(0) if cos.dim() == 3 else 0, cos.stride(-2))
-
-
-def _options(xs, tables, interleaved, conjugate, norm_first):
+def _options(xs, angles, interleaved, conjugate, norm_first):
     """The number of tokens, and the constants of a kernel."""
     B, T, _, D = xs[0].shape
     pairs = power_of_two(ceil_div(D, 2))
@@ -134,7 +103,7 @@ def _options(xs, tables, interleaved, conjugate, norm_first):
         "BLOCK_T": max(1, TILE // (block_h * pairs)),
         "BLOCK_H": block_h,
         "BLOCK_C": pairs,
-        "ROTATE": bool(tables),
+        "ROTATE": bool(angles),
         "INTERLEAVED": interleaved,
         "CONJUGATE": conjugate,
         "NORM_FIRST": norm_first,

@@ -14,11 +14,6 @@ def ends(segments):
     return tuple(2 * end + 1 for end in itertools.accumulate(segments))
 
 
-def blocks(segments, share):
-    """Blocks of at most `share` tokens in a sample; none crosses the end of a segment."""
-    return sum(-(-tokens // share) for tokens in segments)
-
-
 @triton.jit
 def block_tokens(block, ends, share):
     """(segment, first token, token after the last) of a block of a sample."""

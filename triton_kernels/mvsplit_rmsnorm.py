@@ -26,16 +26,19 @@ import triton
 import triton.language as tl
 
 from mvsplit_ops.triton_kernels._common import (
-    accumulator,
-    ceil_div,
     column_sum,
     launch,
     missing,
-    new,
     new_statistics,
-    power_of_two,
-    require,
     wide,
+)
+from mvsplit_ops.triton_kernels._host import (
+    blocks,
+    ceil_div,
+    dense,
+    new,
+    power_of_two,
+    require_merge,
 )
 from mvsplit_ops.triton_kernels._merge import (
     load_rows,
@@ -45,7 +48,7 @@ from mvsplit_ops.triton_kernels._merge import (
     store_rows,
     tile,
 )
-from mvsplit_ops.triton_kernels._segments import block_tokens, blocks, ends, segment_tokens
+from mvsplit_ops.triton_kernels._segments import block_tokens, ends, segment_tokens
 
 __all__ = ["missing", "mvsplit_rmsnorm_bwd", "mvsplit_rmsnorm_fwd"]
 
@@ -65,9 +68,7 @@ MOST_CARRIED = 32
 def mvsplit_rmsnorm_fwd(x, f, alpha, beta, weight, jx, segments, eps, carry):
     B, T, D = x.shape
     S, at = len(segments), ends(segments)
-    x, f = x.contiguous(), f.contiguous()
-    alpha, beta, weight = (None if p is None else p.contiguous() for p in (alpha, beta, weight))
-    given = None if jx is None else jx.contiguous()
+    x, f, alpha, beta, weight, given = dense(x, f, alpha, beta, weight, jx)
     y, rstd = new(x, x.shape), new_statistics(x, B, T)
     jx = new_statistics(x, *(0,) if given is not None else (B, S, D))
     jf, shift = (new_statistics(x, B, S, D) for _ in range(2))
@@ -100,19 +101,9 @@ def mvsplit_rmsnorm_fwd(x, f, alpha, beta, weight, jx, segments, eps, carry):
 def mvsplit_rmsnorm_bwd(dy, kept, f, alpha, beta, weight, rstd, jx, jf, segments):
     B, T, D = dy.shape
     S, at = len(segments), ends(segments)
-    acc = accumulator(dy)
-    if sum(segments) != T:
-        raise RuntimeError(f"mvsplit_ops: segments must sum to T = {T}, got {tuple(segments)}")
-    for name, t in (("y", kept), ("f", f)):
-        require(name, t, dy.shape, dy.dtype)
-    for name, t in (("alpha", alpha), ("beta", beta), ("weight", weight)):
-        if t is not None:
-            require(name, t, (D,), torch.float32, dy.dtype)
-    require("rstd", rstd, (B, T), acc)
-    for name, t in (("jx", jx), ("jf", jf)):
-        require(name, t, (B, S, D), acc)
-    dy, kept, f, rstd, jx, jf = (t.contiguous() for t in (dy, kept, f, rstd, jx, jf))
-    alpha, beta, weight = (None if p is None else p.contiguous() for p in (alpha, beta, weight))
+    require_merge(dy, kept, f, alpha, beta, weight, rstd, jx, jf, segments)
+    dy, kept, f, rstd, jx, jf = dense(dy, kept, f, rstd, jx, jf)
+    alpha, beta, weight = dense(alpha, beta, weight)
     params = 2 if weight is None else 3
     share = rows_per_program(B * T)
     count = blocks(segments, share)

@@ -7,20 +7,11 @@ dx. With a scale 3 and 2: n comes from x and f, which are read for dscale in any
 of dscale and dweight are added by a second launch, in a fixed order.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from mvsplit_ops.triton_kernels._common import (
-    accumulator,
-    ceil_div,
-    launch,
-    missing,
-    new,
-    new_statistics,
-    require,
-    sum_rows,
-)
+from mvsplit_ops.triton_kernels._common import launch, missing, new_statistics, sum_rows
+from mvsplit_ops.triton_kernels._host import ceil_div, dense, new, require_residual
 from mvsplit_ops.triton_kernels._merge import (
     load_rows,
     load_vector,
@@ -34,8 +25,7 @@ __all__ = ["missing", "residual_rmsnorm_bwd", "residual_rmsnorm_fwd"]
 
 
 def residual_rmsnorm_fwd(x, f, scale, weight, eps):
-    x, f = x.contiguous(), f.contiguous()
-    scale, weight = (None if p is None else p.contiguous() for p in (scale, weight))
+    x, f, scale, weight = dense(x, f, scale, weight)
     B, T, D = x.shape
     y, rstd, N = new(x, x.shape), new_statistics(x, B, T), B * T
     share = rows_per_program(N)
@@ -45,16 +35,9 @@ def residual_rmsnorm_fwd(x, f, scale, weight, eps):
 
 def residual_rmsnorm_bwd(dy, kept, f, scale, weight, rstd):
     B, T, D = dy.shape
-    require("y", kept, dy.shape, dy.dtype)
-    require("rstd", rstd, (B, T), accumulator(dy))
-    if f is not None or scale is not None or weight is not None:
-        require("f", f, dy.shape, dy.dtype)
-    params = [None if p is None else p.contiguous() for p in (scale, weight)]
-    for p in params:
-        if p is not None:
-            require("a parameter", p, (D,), torch.float32, dy.dtype)
-    dy, kept, N = dy.contiguous(), kept.contiguous(), B * T
-    f = None if f is None else f.contiguous()
+    require_residual(dy, kept, f, scale, weight, rstd)
+    dy, kept, f, rstd, *params = dense(dy, kept, f, rstd, scale, weight)
+    N = B * T
     dx, df = new(dy, dy.shape), new(dy, 0 if scale is None else dy.shape)
     share = rows_per_program(N)
     programs, given = ceil_div(N, share), sum(p is not None for p in params)

@@ -12,7 +12,8 @@ import math
 import triton
 import triton.language as tl
 
-from mvsplit_ops.triton_kernels._common import ceil_div, launch, missing, new, require, wide
+from mvsplit_ops.triton_kernels._common import launch, missing, wide
+from mvsplit_ops.triton_kernels._host import ceil_div, new, require, row_stride, rows
 
 __all__ = ["missing", "swiglu_bwd", "swiglu_fwd"]
 
@@ -23,7 +24,7 @@ BWD = {"BLOCK": 2048, "num_warps": 4}
 
 
 def swiglu_fwd(x):
-    x = _rows(x)
+    x = rows(x)
     y = new(x, (*x.shape[:-1], x.shape[-1] // 2))
     _launch(_fwd, FWD, x, y, x, y)
     return y
@@ -31,31 +32,17 @@ def swiglu_fwd(x):
 
 def swiglu_bwd(dy, x):
     require("dy", dy, (*x.shape[:-1], x.shape[-1] // 2), x.dtype)
-    x, dy, dx = _rows(x), _rows(dy), new(x, x.shape)
+    x, dy, dx = rows(x), rows(dy), new(x, x.shape)
     _launch(_bwd, BWD, x, dy, dy, x, dx)
     return dx
-
-
-def _rows(t):
-    """t with rows a constant stride apart: as it is, or a copy."""
-    return t if _row_stride(t) is not None else t.contiguous()
-
-
-def _row_stride(t):
-    """The elements from a row (last dimension) to the next; None when it varies."""
-    if t.dim() == 1 or t.is_contiguous():
-        return t.shape[-1] if t.stride(-1) == 1 else None
-    sizes, strides = t.shape[:-1], t.stride()[:-1]
-    nested = all(strides[i] == sizes[i + 1] * strides[i + 1] for i in range(len(sizes) - 1))
-    return strides[-1] if nested and t.stride(-1) == 1 else None
 
 
 def _launch(kernel, table, x, y, *tensors):
     total, F = y.numel(), y.shape[-1]
     vector = math.gcd(F, 16 // x.element_size()) if F else 1
-    rows = _row_stride(x), _row_stride(y)
+    strides = row_stride(x), row_stride(y)
     programs = ceil_div(total, table["BLOCK"])
-    launch(kernel, programs, x, *tensors, total, *rows, F=F, VECTOR=vector, **table)
+    launch(kernel, programs, x, *tensors, total, *strides, F=F, VECTOR=vector, **table)
 
 
 @triton.jit(do_not_specialize=["total"])

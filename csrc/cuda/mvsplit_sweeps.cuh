@@ -1,0 +1,251 @@
+// MV-Split in two sweeps over the rows, for segments that no cluster holds and GPUs without one.
+//
+// Bytes, in passes: forward 5 (sweep_means reads x and f, or f where jx is given; sweep_apply 2
+// read and 1 written), backward 8 (sweep_reduce 3 read; sweep_gradients 2 read and 2 written, 3
+// read with a weight). Partial rows are added in a fixed order.
+// Launch: sweep_means a block for 8 vectors of columns of a segment; sweep_apply and sweep_reduce
+// blocks of at most `share` rows of one segment, `blocks` of them a sample, as rows.cuh says;
+// sweep_units a block for 32 columns of a segment. Shared memory, in A: sweep_means 2 * 256 * VEC,
+// sweep_units 256, the others as rows.cuh says.
+#pragma once
+#include <rows.cuh>
+
+#ifndef CARRY
+#define CARRY 0
+#endif
+
+struct Args {
+    global<T> x, f, dy, y, df;  // backward: x is what forward kept, y is dx
+    global<A> rstd, jx, jf;
+    global<A> given, jy;        // forward: jx if it was given; CARRY
+    global<A> shift, jdz;       // (B, S, D): of forward, of backward
+    global<A> mean;             // (B, T): mean_d(g * n)
+    global<A> partials, parts;  // (2 or 3, B * blocks, D), (2 or 3, B * S, D)
+    Parameter alpha, beta, weight;
+    i64 B, tokens, D, S;
+    i64 share, blocks;
+    double eps;
+    Segment segments[MOST_SEGMENTS];
+};
+
+struct Block {
+    i64 b, unit, begin, end;  // rows of N = B * T
+};
+
+// Blocks of `share` rows follow each other through the segments of a sample; none crosses an end.
+DEVICE Block block_at(const Args& args) {
+    i64 b = ctaid() / args.blocks, block = ctaid() % args.blocks;
+    for (int s = 0;; ++s) {
+        Segment segment = args.segments[s];
+        i64 count = ceil_div<i64>(segment.end - segment.begin, args.share);
+        if (block < count || s == args.S - 1) {
+            i64 begin = segment.begin + block * args.share, end = begin + args.share;
+            if (end > segment.end) end = segment.end;
+            return {b, b * args.S + segment.index, b * args.tokens + begin, b * args.tokens + end};
+        }
+        block -= count;
+    }
+}
+
+KERNEL(sweep_means, Args, 256, 3) {
+    constexpr int COLUMN_LANES = 8, TOGETHER = 256 / COLUMN_LANES;
+    i64 slices = ceil_div<i64>(args.D, COLUMN_LANES * VEC);
+    i64 cluster = ctaid() / slices, b = cluster / args.S;
+    Segment segment = args.segments[cluster % args.S];
+    int my_lane = tid() % COLUMN_LANES, my_group = tid() / COLUMN_LANES;
+    i64 d = (ctaid() % slices * COLUMN_LANES + my_lane) * VEC;
+    bool live = d < args.D;
+    A sum_x[VEC] = {}, sum_f[VEC] = {};
+    if (live)
+#pragma unroll 2
+        for (i64 t = segment.begin + my_group; t < segment.end; t += TOGETHER) {
+            i64 at = (b * args.tokens + t) * args.D + d;
+            A x[VEC] = {}, f[VEC];
+            if (!args.given) widen<T, VEC>(load<VEC>(args.x + at), x);
+            widen<T, VEC>(load<VEC>(args.f + at), f);
+#pragma unroll
+            for (int j = 0; j < VEC; ++j) sum_x[j] += x[j], sum_f[j] += f[j];
+        }
+    A(*parts)[256][VEC] = (A(*)[256][VEC])dynamic_shared();
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) parts[0][tid()][j] = sum_x[j], parts[1][tid()][j] = sum_f[j];
+    barrier_sync();
+    if (my_group || !live) return;
+    for (int g = 1; g < TOGETHER; ++g)
+#pragma unroll
+        for (int j = 0; j < VEC; ++j) {
+            sum_x[j] += parts[0][g * COLUMN_LANES + my_lane][j];
+            sum_f[j] += parts[1][g * COLUMN_LANES + my_lane][j];
+        }
+    i64 at = (b * args.S + segment.index) * args.D + d;
+    A alpha[VEC], beta[VEC], shift[VEC], Ts = segment.end - segment.begin;
+    load_parameter<VEC>(args.alpha, d, true, alpha);
+    load_parameter<VEC>(args.beta, d, true, beta);
+    if (args.given) widen<A, VEC>(load<VEC>(args.given + at), sum_x);
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) {
+        if (!args.given) sum_x[j] /= Ts;
+        sum_f[j] /= Ts;
+        shift[j] = shift_of(alpha[j], beta[j], sum_x[j], sum_f[j]);
+    }
+    if (!args.given) store(args.jx + at, narrow<A>(sum_x));
+    store(args.jf + at, narrow<A>(sum_f));
+    store(args.shift + at, narrow<A>(shift));
+}
+
+DEVICE void stage_vector(global<A> from, A* to, int D) {
+    for (int d = tid(); d < D; d += THREADS) to[d] = load_one(from + d);
+}
+
+DEVICE void stage_shift(const Args& args, i64 unit, A* to, int D) {
+    for (int d = tid(); d < D; d += THREADS) {
+        A alpha[1], beta[1];
+        load_parameter<1>(args.alpha, d, true, alpha);
+        load_parameter<1>(args.beta, d, true, beta);
+        A jx = load_one(args.jx + unit * D + d), jf = load_one(args.jf + unit * D + d);
+        to[d] = shift_of(alpha[0], beta[0], jx, jf);
+    }
+}
+
+KERNEL(sweep_apply, Args, THREADS, THREADS == 256 ? 3 : RESIDENT) {
+    int D = (int)args.D;
+    Block block = block_at(args);
+    Shared shared(D);
+    A *beta = shared.take(), *shift = shared.take(), *weight = shared.take(WEIGHT);
+    stage(args.beta, beta, D);
+    if (WEIGHT) stage(args.weight, weight, D);
+    stage_vector(args.shift + block.unit * D, shift, D);
+    barrier_sync();
+    Forward at = {args.x, args.f, args.y,           args.rstd, beta,
+                  shift,  weight, shared.scratch, D,         (A)args.eps};
+    A jy[ITEMS][VEC] = {};
+    forward_rows<CARRY>(at, block.begin, block.end, jy);
+    if (CARRY) store_columns(jy, shared.next, D, args.partials + (i64)ctaid() * D);
+}
+
+KERNEL(sweep_reduce, Args, THREADS, RESIDENT) {
+    int D = (int)args.D, turn = 0;
+    Block block = block_at(args);
+    Shared shared(D);
+    A *jf = shared.take(), *beta = shared.take(BRANCH), *shift = shared.take(BRANCH);
+    A* weight = shared.take(WEIGHT);
+    stage_vector(args.jf + block.unit * D, jf, D);
+    if (BRANCH) stage(args.beta, beta, D);
+    if (BRANCH) stage_shift(args, block.unit, shift, D);
+    if (WEIGHT) stage(args.weight, weight, D);
+    barrier_sync();
+    Backward at = {args.dy, args.x, args.f, args.rstd, beta, shift, weight, shared.scratch, D};
+    A sum_dz[ITEMS][VEC] = {}, sum_dzf[ITEMS][VEC] = {}, dweight[ITEMS][VEC] = {};
+    for (i64 first = block.begin; first < block.end; first += GROUPS) {
+        i64 r = first + group();
+        bool live = r < block.end;
+        Row f;
+        A dz[ITEMS][VEC];
+        A mean = backward_row(at, r, live, turn, f, dz, dweight);
+        if (live && lane() == 0) store_one(args.mean + r, mean);
+#pragma unroll
+        for (int i = 0; i < ITEMS; ++i) {
+            A branch[VEC], centre[VEC];
+            widen<T, VEC>(f.at[i], branch);
+            read(jf, i, D, centre);
+#pragma unroll
+            for (int j = 0; j < VEC; ++j) {  // dz is zero where the row has ended
+                sum_dz[i][j] += dz[i][j];
+                sum_dzf[i][j] += dz[i][j] * (branch[j] - centre[j]);
+            }
+        }
+    }
+    global<A> partial = args.partials + (i64)ctaid() * D;
+    i64 plane = args.B * args.blocks * D;
+    store_columns(sum_dz, shared.next, D, partial);
+    store_columns(sum_dzf, shared.next, D, partial + plane);
+    if (WEIGHT) store_columns(dweight, shared.next, D, partial + 2 * plane);
+}
+
+// Partial rows of a segment's blocks added: the mean of y (CARRY), or jdz and the segment's part of
+// the parameters' gradients.
+KERNEL(sweep_units, Args, 256, 4) {
+    constexpr int COLUMNS = 32, TOGETHER = 256 / COLUMNS;
+    i64 slices = ceil_div<i64>(args.D, COLUMNS);
+    i64 cluster = ctaid() / slices, b = cluster / args.S;
+    i64 first = b * args.blocks;
+    for (int s = 0; s < cluster % args.S; ++s)
+        first += ceil_div<i64>(args.segments[s].end - args.segments[s].begin, args.share);
+    Segment segment = args.segments[cluster % args.S];
+    A Ts = segment.end - segment.begin;
+    i64 count = ceil_div<i64>(segment.end - segment.begin, args.share);
+    i64 d = ctaid() % slices * COLUMNS + tid() % COLUMNS;
+    i64 unit = b * args.S + segment.index, at = unit * args.D + d;
+    A* parts = (A*)dynamic_shared();
+    int planes = args.jy ? 1 : WEIGHT ? 3 : 2;
+    for (int plane = 0; plane < planes; ++plane) {
+        global<A> rows = args.partials + (plane * args.B * args.blocks + first) * args.D + d;
+        A sum = 0;
+        for (i64 r = tid() / COLUMNS; r < count && d < args.D; r += TOGETHER)
+            sum += load_one(rows + r * args.D);
+        barrier_sync();
+        parts[tid()] = sum;
+        barrier_sync();
+        if (tid() >= COLUMNS || d >= args.D) continue;
+        for (int g = 1; g < TOGETHER; ++g) sum += parts[g * COLUMNS + tid()];
+        if (args.jy) {
+            store_one(args.jy + at, sum / Ts);
+            continue;
+        }
+        global<A> part = args.parts + plane * args.B * args.S * args.D + at;
+        if (plane == 0) {
+            store_one(args.jdz + at, sum / Ts);
+            sum *= load_one(args.jf + at) - load_one(args.jx + at);
+        }
+        store_one(part, sum);
+    }
+}
+
+KERNEL(sweep_gradients, Args, THREADS, RESIDENT) {
+    int D = (int)args.D;
+    Block block = block_at(args);
+    Shared shared(D);
+    A *beta = shared.take(), *to_dx = shared.take(), *to_df = shared.take();
+    A *shift = shared.take(BRANCH), *weight = shared.take(WEIGHT);
+    stage(args.beta, beta, D);
+    stage(args.alpha, to_dx, D);
+    if (WEIGHT) stage(args.weight, weight, D);
+    if (BRANCH) stage_shift(args, block.unit, shift, D);
+    barrier_sync();
+    for (int d = tid(); d < D; d += THREADS) {
+        A jdz = load_one(args.jdz + block.unit * D + d), alpha = to_dx[d];
+        to_dx[d] = -alpha * jdz;
+        to_df[d] = (alpha - beta[d]) * jdz;
+    }
+    barrier_sync();
+    for (i64 r = block.begin + group(); r < block.end; r += GROUPS) {
+        Row dy, x, f;
+        load_row(args.dy + r * D, true, D, dy);
+        load_row(args.x + r * D, true, D, x);
+        if (BRANCH) load_row(args.f + r * D, true, D, f);
+        A rstd = load_one(args.rstd + r), mean = load_one(args.mean + r);
+#pragma unroll
+        for (int i = 0; i < ITEMS; ++i) {
+            A dz[VEC], n[VEC], b[VEC], add[VEC];
+            widen<T, VEC>(dy.at[i], dz);
+            if (BRANCH) merge(x, f, beta, shift, i, D, n);
+            else widen<T, VEC>(x.at[i], n);
+            if (WEIGHT) read(weight, i, D, b);
+#pragma unroll
+            for (int j = 0; j < VEC; ++j) {
+                if (BRANCH) n[j] *= rstd;
+                if (WEIGHT) dz[j] *= b[j];
+                dz[j] = rstd * (dz[j] - n[j] * mean);
+            }
+            read(to_dx, i, D, add);
+#pragma unroll
+            for (int j = 0; j < VEC; ++j) n[j] = dz[j] + add[j];
+            store_vector(args.y + r * D, i, true, D, n);
+            read(beta, i, D, b);
+            read(to_df, i, D, add);
+#pragma unroll
+            for (int j = 0; j < VEC; ++j) n[j] = b[j] * dz[j] + add[j];
+            store_vector(args.df + r * D, i, true, D, n);
+        }
+    }
+}

@@ -1,0 +1,365 @@
+// RoPE, QK-Norm, and both in one pass: rotation of the pairs of a head, RMSNorm over the head.
+//
+// R rotates the pair (x1, x2): o1 = x1 cos - x2 sin, o2 = x2 cos + x1 sin; tables need not be unit.
+//
+//   rotation first   u = R x              n = u * rstd(u)          y = n * w
+//   norm first       n = x * rstd(x)                               y = R (n * w)
+//
+// Backward, with R^T the transposed rotation and g what reaches n * w:
+//
+//   rotation first   g = dy      du = norm'(g * w, n)              dx = R^T du
+//   norm first       g = R^T dy                                    dx = norm'(g * w, n)
+//   dw = sum g * n   norm'(g, n) = rstd * (g - n * mean(g * n))
+//
+// n is the result y itself where rotation comes first and there is no weight; else it is computed
+// again from the input, so `x` below is y or x: what forward kept.
+//
+// Bytes, in passes over q and k: forward 1 read and 1 written of each, backward 2 and 1; a row of
+// cos and of sin once a token, for all heads of q and k; rstd once.
+// Launch: LANES threads a token, who walk through its heads BATCH at a time; a thread has ITEMS
+// vectors of VEC neighbours of the first halves and their VEC partners (interleaved: 2 VEC
+// neighbours): 16 bytes of bf16, no exchange for the rotation, log2(LANES) shuffles for the norm.
+// With a weight a block walks over `tokens_per_block` tokens and leaves a row of partial sums of dw
+// (shared memory: warps * D * sizeof(A)); sum_rows adds them.
+// Preconditions: VEC divides D / 2 and every stride; VEC = 1 where D is odd; pointers aligned.
+#include <common.cuh>
+#include <sum_rows.cuh>
+
+#ifndef VEC
+#define VEC 4
+#define LANES 8
+#define ITEMS 2
+#define ROTATE 1
+#define NORM 1
+#define NORM_FIRST 0
+#define INTERLEAVED 0
+#define WEIGHT 0
+#endif
+constexpr int THREADS = 128;
+constexpr int GROUPS = THREADS / LANES;  // tokens that a block has in hand at once
+
+// q or k; no heads: there is no such tensor.
+struct Side {
+    global<T> x, dy, out;    // out: y, or dx
+    global<A> rstd, dweight; // dweight: (blocks, D)
+    Parameter weight;
+    i64 heads;
+    i64 x_sample, x_token, x_head;
+    i64 dy_sample, dy_token, dy_head;
+};
+
+struct Args {
+    Side q, k;
+    Parameter cos, sin;  // (tokens, D / 2)
+    i64 table_sample, table_token;
+    i64 tokens_per_sample, tokens, D, tokens_per_block;
+    double eps;
+    double sign;  // of sin: -1 rotates back
+};
+
+struct Pairs {
+    A first[ITEMS][VEC], second[ITEMS][VEC];
+};
+// Pairs as they lie in memory: VEC first elements and their VEC partners, or 2 VEC neighbours.
+template <typename E>
+struct RawPairs {
+    vec<E, VEC> low[ITEMS], high[ITEMS];
+};
+
+DEVICE int lane() { return tid() % LANES; }
+DEVICE int pair_of(int item) { return (lane() + item * LANES) * VEC; }
+DEVICE int half(const Args& args) { return (int)(args.D + 1) / 2; }
+DEVICE bool has_pair(const Args& args, int pair) { return pair < half(args); }
+// Of an odd head the last pair has no second element; such heads have VEC = 1.
+DEVICE bool has_second(const Args& args, int pair) {
+    return VEC > 1 || pair + half(args) < (int)args.D;
+}
+
+// The element after which the partners lie that a thread loads together with those from `pair` on.
+DEVICE int high_at(const Args& args, int pair) {
+    return INTERLEAVED ? 2 * pair + VEC : pair + half(args);
+}
+DEVICE int low_at(int pair) { return INTERLEAVED ? 2 * pair : pair; }
+
+template <typename E>
+DEVICE void load_pairs(const Args& args, global<E> row, bool live, RawPairs<E>& raw) {
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) {
+        int pair = pair_of(i);
+        raw.low[i] = raw.high[i] = {};
+        if (!live || !has_pair(args, pair)) continue;
+        raw.low[i] = load<VEC>(row + low_at(pair));
+        if (has_second(args, pair)) raw.high[i] = load<VEC>(row + high_at(args, pair));
+    }
+}
+
+template <typename E>
+DEVICE void widen(const RawPairs<E>& raw, Pairs& p) {
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) {
+        A low[VEC], high[VEC];
+        widen<E, VEC>(raw.low[i], low);
+        widen<E, VEC>(raw.high[i], high);
+#pragma unroll
+        for (int j = 0; j < VEC; ++j) {
+            int a = 2 * j, b = 2 * j + 1;  // where interleaved pairs lie in low and high
+            p.first[i][j] = !INTERLEAVED ? low[j] : a < VEC ? low[a % VEC] : high[a % VEC];
+            p.second[i][j] = !INTERLEAVED ? high[j] : b < VEC ? low[b % VEC] : high[b % VEC];
+        }
+    }
+}
+
+DEVICE void store_pairs(const Args& args, global<T> row, bool live, const Pairs& p) {
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) {
+        int pair = pair_of(i);
+        if (!live || !has_pair(args, pair)) continue;
+        A low[VEC], high[VEC];
+#pragma unroll
+        for (int j = 0; j < VEC; ++j) {
+            const A(&even)[VEC] = p.first[i], (&odd)[VEC] = p.second[i];
+            int a = j / 2, b = (j + VEC) / 2;  // the pairs of elements j and j + VEC
+            low[j] = !INTERLEAVED ? even[j] : j % 2 ? odd[a] : even[a];
+            high[j] = !INTERLEAVED ? odd[j] : (j + VEC) % 2 ? odd[b] : even[b];
+        }
+        store(row + low_at(pair), narrow<T>(low));
+        if (has_second(args, pair)) store(row + high_at(args, pair), narrow<T>(high));
+    }
+}
+
+DEVICE void load_weight(const Args& args, const Parameter& weight, Pairs& p) {
+    if (weight.narrow) {
+        RawPairs<T> raw;
+        load_pairs(args, global<T>{weight.at}, true, raw);
+        widen(raw, p);
+    } else {
+        RawPairs<float> raw;
+        load_pairs(args, global<float>{weight.at}, true, raw);
+        widen(raw, p);
+    }
+}
+
+struct Token {
+    i64 n, sample, t;
+    bool live;
+};
+
+DEVICE Token token_at(const Args& args, i64 n, i64 end) {
+    return {n, n / args.tokens_per_sample, n % args.tokens_per_sample, n < end};
+}
+
+// cos in `first`, sin in `second`.
+DEVICE void load_angles(const Args& args, const Token& token, Pairs& angles) {
+    if (!ROTATE) return;
+    i64 row = token.sample * args.table_sample + token.t * args.table_token;
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) {
+        bool live = token.live && has_pair(args, pair_of(i));
+        load_parameter<VEC>(args.cos, row + pair_of(i), live, angles.first[i]);
+        load_parameter<VEC>(args.sin, row + pair_of(i), live, angles.second[i]);
+#pragma unroll
+        for (int j = 0; j < VEC; ++j) angles.second[i][j] *= (A)args.sign;
+    }
+}
+
+// direction 1: R; -1: its transpose.
+template <int direction>
+DEVICE void rotate(const Pairs& angles, Pairs& p) {
+    if (!ROTATE) return;
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i)
+#pragma unroll
+        for (int j = 0; j < VEC; ++j) {
+            A c = angles.first[i][j], s = direction * angles.second[i][j];
+            A x1 = p.first[i][j], x2 = p.second[i][j];
+            p.first[i][j] = x1 * c - x2 * s;
+            p.second[i][j] = x2 * c + x1 * s;
+        }
+}
+
+DEVICE void scale(Pairs& p, A by) {
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i)
+#pragma unroll
+        for (int j = 0; j < VEC; ++j) {
+            p.first[i][j] *= by;
+            p.second[i][j] *= by;
+        }
+}
+
+DEVICE void multiply(Pairs& p, const Pairs& by) {
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i)
+#pragma unroll
+        for (int j = 0; j < VEC; ++j) {
+            p.first[i][j] *= by.first[i][j];
+            p.second[i][j] *= by.second[i][j];
+        }
+}
+
+// sum of a * b over the head, on each of its lanes.
+DEVICE A inner_product(const Pairs& a, const Pairs& b) {
+    A sum = 0;
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i)
+#pragma unroll
+        for (int j = 0; j < VEC; ++j)
+            sum += a.first[i][j] * b.first[i][j] + a.second[i][j] * b.second[i][j];
+    return sum_lanes<LANES>(sum);
+}
+
+template <bool WEIGHTED>
+DEVICE void forward(const Args& args, const Side& side, const Token& token, const Pairs& angles) {
+    constexpr int BATCH = 4;
+    Pairs weight;
+    if (WEIGHTED) load_weight(args, side.weight, weight);
+    int heads = (int)side.heads;
+    global<T> x = side.x + token.sample * side.x_sample + token.t * side.x_token;
+    global<T> y = side.out + token.n * heads * args.D;
+    A mine = 0;  // rstd of head `lane` of the LANES heads at hand: stored together
+    for (int first = 0; first < heads; first += BATCH) {
+        RawPairs<T> raw[BATCH];
+#pragma unroll
+        for (int b = 0; b < BATCH; ++b) {
+            int h = first + b;
+            load_pairs(args, x + h * side.x_head, token.live && h < heads, raw[b]);
+        }
+#pragma unroll
+        for (int b = 0; b < BATCH; ++b) {
+            int h = first + b;
+            Pairs p;
+            widen(raw[b], p);
+            if (!NORM_FIRST) rotate<1>(angles, p);
+            if (NORM) {
+                A rstd = reciprocal_root(inner_product(p, p) / (A)args.D + (A)args.eps);
+                scale(p, rstd);
+                if (h % LANES == lane()) mine = rstd;
+                if (h < heads && (h % LANES == LANES - 1 || h == heads - 1)) {
+                    int at = h - h % LANES + lane();
+                    if (token.live && at <= h) store_one(side.rstd + token.n * heads + at, mine);
+                }
+            }
+            if (WEIGHTED) multiply(p, weight);
+            if (NORM_FIRST) rotate<1>(angles, p);
+            store_pairs(args, y + h * args.D, token.live && h < heads, p);
+        }
+    }
+}
+
+template <bool WEIGHTED>
+DEVICE void backward(const Args& args, const Side& side, const Token& token, const Pairs& angles,
+                     Pairs& dweight) {
+    constexpr int BATCH = 2;
+    Pairs weight;
+    if (WEIGHTED) load_weight(args, side.weight, weight);
+    int heads = (int)side.heads;
+    global<T> dy = side.dy + token.sample * side.dy_sample + token.t * side.dy_token;
+    global<T> x = side.x + token.sample * side.x_sample + token.t * side.x_token;
+    global<T> dx = side.out + token.n * heads * args.D;
+    A rstds = 0;  // of head `lane` of the LANES heads at hand
+    for (int first = 0; first < heads; first += BATCH) {
+        if (first % LANES == 0 && token.live && first + lane() < heads)
+            rstds = load_one(side.rstd + token.n * heads + first + lane());
+        RawPairs<T> raw_dy[BATCH], raw_x[BATCH];
+#pragma unroll
+        for (int b = 0; b < BATCH; ++b) {
+            int h = first + b;
+            bool live = token.live && h < heads;
+            load_pairs(args, dy + h * side.dy_head, live, raw_dy[b]);
+            load_pairs(args, x + h * side.x_head, live, raw_x[b]);
+        }
+#pragma unroll
+        for (int b = 0; b < BATCH; ++b) {
+            int h = first + b;
+            A rstd = shuffle_from(rstds, (tid() % 32) / LANES * LANES + h % LANES);
+            Pairs g, n;
+            widen(raw_dy[b], g);
+            widen(raw_x[b], n);
+            if (NORM_FIRST) rotate<-1>(angles, g);
+            if (NORM_FIRST || WEIGHTED) {
+                if (!NORM_FIRST) rotate<1>(angles, n);
+                scale(n, rstd);
+            }
+            if (WEIGHTED) {
+#pragma unroll
+                for (int i = 0; i < ITEMS; ++i)
+#pragma unroll
+                    for (int j = 0; j < VEC; ++j) {  // zeros where no head is
+                        dweight.first[i][j] += g.first[i][j] * n.first[i][j];
+                        dweight.second[i][j] += g.second[i][j] * n.second[i][j];
+                    }
+                multiply(g, weight);
+            }
+            A mean = inner_product(g, n) / (A)args.D;
+#pragma unroll
+            for (int i = 0; i < ITEMS; ++i)
+#pragma unroll
+                for (int j = 0; j < VEC; ++j) {
+                    g.first[i][j] = rstd * (g.first[i][j] - n.first[i][j] * mean);
+                    g.second[i][j] = rstd * (g.second[i][j] - n.second[i][j] * mean);
+                }
+            if (!NORM_FIRST) rotate<-1>(angles, g);
+            store_pairs(args, dx + h * args.D, token.live && h < heads, g);
+        }
+    }
+}
+
+// The sum over the tokens and heads of this block: one row of partial sums.
+DEVICE void store_dweight(const Args& args, const Side& side, const Pairs& dweight) {
+    A* parts = (A*)dynamic_shared();  // [warps][D]
+    int D = (int)args.D, warp = tid() / 32;
+    barrier_sync();
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i)
+#pragma unroll
+        for (int j = 0; j < VEC; ++j) {
+            A first = sum_lanes<32 / LANES>(dweight.first[i][j], LANES);
+            A second = sum_lanes<32 / LANES>(dweight.second[i][j], LANES);
+            int pair = pair_of(i);
+            if (tid() % 32 >= LANES || !has_pair(args, pair)) continue;
+            int at = INTERLEAVED ? 2 * (pair + j) : pair + j;
+            parts[warp * D + at] = first;
+            if (has_second(args, pair)) parts[warp * D + (INTERLEAVED ? at + 1 : at + half(args))] = second;
+        }
+    barrier_sync();
+    for (int d = tid(); d < D; d += THREADS) {
+        A sum = parts[d];
+        for (int w = 1; w < THREADS / 32; ++w) sum += parts[w * D + d];
+        store_one(side.dweight + (i64)ctaid() * D + d, sum);
+    }
+}
+
+KERNEL(heads_fwd, Args, THREADS, WEIGHT ? 4 : 5) {
+    i64 begin = (i64)ctaid() * args.tokens_per_block;
+    i64 end = begin + args.tokens_per_block;
+    end = end < args.tokens ? end : args.tokens;
+    for (i64 first = begin; first < end; first += GROUPS) {
+        Token token = token_at(args, first + tid() / LANES, end);
+        Pairs angles;
+        load_angles(args, token, angles);
+        if (WEIGHT && args.q.weight) forward<WEIGHT>(args, args.q, token, angles);
+        else forward<false>(args, args.q, token, angles);
+        if (WEIGHT && args.k.weight) forward<WEIGHT>(args, args.k, token, angles);
+        else forward<false>(args, args.k, token, angles);
+    }
+}
+
+#if NORM
+KERNEL(heads_bwd, Args, THREADS, WEIGHT ? 3 : 5) {
+    i64 begin = (i64)ctaid() * args.tokens_per_block;
+    i64 end = begin + args.tokens_per_block;
+    end = end < args.tokens ? end : args.tokens;
+    Pairs dq_weight = {}, dk_weight = {};
+    for (i64 first = begin; first < end; first += GROUPS) {
+        Token token = token_at(args, first + tid() / LANES, end);
+        Pairs angles;
+        load_angles(args, token, angles);
+        if (WEIGHT && args.q.weight) backward<WEIGHT>(args, args.q, token, angles, dq_weight);
+        else backward<false>(args, args.q, token, angles, dq_weight);
+        if (WEIGHT && args.k.weight) backward<WEIGHT>(args, args.k, token, angles, dk_weight);
+        else backward<false>(args, args.k, token, angles, dk_weight);
+    }
+    if (WEIGHT && args.q.weight) store_dweight(args, args.q, dq_weight);
+    if (WEIGHT && args.k.weight) store_dweight(args, args.k, dk_weight);
+}
+#endif

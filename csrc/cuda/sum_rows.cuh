@@ -1,0 +1,35 @@
+// sums[o][d] = sum_r partials[o][r][d], the rows added in an order that nothing changes.
+//
+// Launch: outputs * ceil(width / 32) blocks of 256 threads: 32 columns, 128 bytes of float32, and
+// 8 rows at a time, whose sums meet in shared memory (8 * 32 * sizeof(A)).
+#pragma once
+#include <common.cuh>
+
+constexpr int SUM_COLUMNS = 32, SUM_THREADS = 256, SUM_ROWS = SUM_THREADS / SUM_COLUMNS;
+
+struct SumArgs {
+    global<A> partials;  // (outputs, rows, width)
+    global<A> sums[3];   // (width,) each
+    i64 rows, width;
+};
+
+KERNEL(sum_rows, SumArgs, SUM_THREADS, 4) {
+    u32 slices = (u32)ceil_div<i64>(args.width, SUM_COLUMNS);
+    u32 output = ctaid() / slices, column = tid() % SUM_COLUMNS, group = tid() / SUM_COLUMNS;
+    i64 d = (i64)(ctaid() % slices) * SUM_COLUMNS + column;
+    bool live = d < args.width;
+    global<A> from = args.partials + output * args.rows * args.width + d;
+    A total = 0;
+    if (live) {
+#pragma unroll 4
+        for (i64 row = group; row < args.rows; row += SUM_ROWS)
+            total += load_one(from + row * args.width);
+    }
+    A* parts = (A*)dynamic_shared();
+    parts[tid()] = total;
+    barrier_sync();
+    if (group || !live) return;
+#pragma unroll
+    for (int i = 1; i < SUM_ROWS; ++i) total += parts[i * SUM_COLUMNS + column];
+    store_one((output == 0 ? args.sums[0] : output == 1 ? args.sums[1] : args.sums[2]) + d, total);
+}

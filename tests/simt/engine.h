@@ -1,0 +1,35 @@
+// What ptx.cuh asks of the engine (engine.cpp): one thread of a GPU is one fiber.
+#pragma once
+
+namespace simt {
+
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+struct Place {
+    u32 thread, block, blocks;  // in the block, in the grid; blocks of the grid
+    u32 rank, ranks;            // of the block in its cluster; blocks of the cluster
+};
+const Place& here();
+
+// Global memory, held to the tensors of the launch; the bytes are counted.
+const void* reads(u64 at, u32 bytes, const char* instruction);
+void* writes(u64 at, u32 bytes, const char* instruction);
+
+char* shared();                                     // of this block
+char* shared_of(const void* mine, u32 rank);        // the same place in another block's
+const void* remote(const char* at, u32 bytes, const char* instruction);
+
+void block_barrier();
+void cluster_arrive();
+void cluster_wait();
+u32 exchange(u32 value, u32 lane);  // what `lane` of this warp gave
+
+void mbarrier_init(u64* barrier, u32 arrivals);
+void mbarrier_arrive(u64* barrier, u32 bytes);
+void mbarrier_wait(u64* barrier, u32 parity);
+void copy_bulk(void* to, u64 from, u32 bytes, u64* barrier);
+
+[[noreturn]] void fail(const char* format, ...);
+
+}  // namespace simt
