@@ -119,7 +119,7 @@ def compiling(architecture):
 
 
 def _read(call, architecture, kernel, seconds):
-    usage, ptx = _resource_usage(kernel.asm["cubin"]), kernel.asm["ptx"]
+    (usage,), ptx = resources(kernel.asm["cubin"]).values(), kernel.asm["ptx"]
     return Kernel(
         call=call,
         name=kernel.metadata.name,
@@ -135,17 +135,32 @@ def _read(call, architecture, kernel, seconds):
     )
 
 
-def _resource_usage(cubin):
-    """{"REG": .., "STACK": .., "LOCAL": ..} from the tool that comes with Triton."""
+def resources(cubin):
+    """{kernel: {"REG": .., "STACK": .., "LOCAL": ..}} of a cubin."""
+    text = _tool("cuobjdump", "--dump-resource-usage", cubin)
+    found = re.findall(r"Function (\w+):\s*(.*)", text)
+    return {
+        name: {k: int(n) for k, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", line)}
+        for name, line in found
+    }
+
+
+def sass(cubin):
+    """{kernel: its machine code} of a cubin."""
+    sections = re.split(r"\.section\s+\.text\.(\w+)", _tool("nvdisasm", "--print-code", cubin))
+    return dict(zip(sections[1::2], sections[2::2], strict=True))
+
+
+def _tool(name, option, cubin):
+    """What a tool that comes with Triton prints of a cubin."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", done.stdout)}
+        done = subprocess.run([str(tool), option, file.name], capture_output=True, check=True)
+    return done.stdout.decode(errors="replace")
 
 
 def widths(ptx, kind):

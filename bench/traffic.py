@@ -5,6 +5,7 @@
                 comes from cache
     triton      every byte that the kernels load and store, read off Triton's interpreter, and every
                 tensor that their launchers give to PyTorch operations
+    cuda        the same, read off tests/simt
 
 A pass is one reading or writing of a (B, T, D) activation. On a GPU some of the bytes come from L2;
 the count is what the kernel asks for.
@@ -15,11 +16,14 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import interpreter
+from bench import emulator, interpreter
 from bench.accuracy import results_and_gradients
 from bench.cases import CASES, calls_per_step
 from bench.profile import describe_run
 from mvsplit_ops import _backends
+
+# What counts the loads and stores of a backend's kernels on CPU tensors.
+COUNTING = {"triton": interpreter.counting, "cuda": emulator.counting}
 
 
 @dataclass
@@ -69,7 +73,8 @@ class Count:
 def measure(shape, progress=lambda what, of: None, cases=CASES):
     """Count every operator on every backend that runs on CPU tensors."""
     interpreter.use()
-    missing = {b: _backends.missing(b, _backends.OPS[0], "cpu") for b in _backends.BACKENDS}
+    with emulator.counting(Traffic()):
+        missing = {b: _backends.missing(b, _backends.OPS[0], "cpu") for b in _backends.BACKENDS}
     backends = [b for b, why in missing.items() if why is None]
     rows = []
     for case in cases:
@@ -99,10 +104,10 @@ def count(case, backend, inputs):
     traffic = {"fwd": Traffic(), "bwd": Traffic()}
     for kernel_op, args, results in recorder.calls:
         op, direction = op_and_direction(kernel_op)
-        if backend == "triton":
-            kernel = _backends.kernel(backend, op, f"_{direction}", "cpu")
-            with EagerCounter(traffic[direction]), interpreter.counting(traffic[direction]):
-                kernel(*args[:-1])
+        if backend in COUNTING:
+            counter = COUNTING[backend](traffic[direction])
+            with counter, EagerCounter(traffic[direction]):
+                _backends.kernel(backend, op, f"_{direction}", "cpu")(*args[:-1])
         else:
             _add_tensors(traffic[direction], args, results)
     return traffic

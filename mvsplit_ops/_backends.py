@@ -14,8 +14,16 @@ import torch
 OPS = ("rope", "qk_norm", "rope_qk_norm", "swiglu", "mvsplit_rmsnorm", "residual_rmsnorm")
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-# On the meta device no kernel runs: any name stands for the registered shapes.
+# On the meta device no kernel runs: any name stands for the registered shapes. CUDA tensors: see
+# FASTEST.
 DEFAULTS = {"cpu": "cpu", "cuda": "triton", "meta": "cpu"}
+
+# What CUDA tensors take, by the compute capability of their GPU: (the fastest backend, the file in
+# bench/results that shows it). A row without a file has not been measured and takes DEFAULTS, as
+# does every GPU without a row.
+UNMEASURED = (DEFAULTS["cuda"], None)
+FASTEST = {(capability, op): UNMEASURED for capability in ((8, 0), (9, 0), (10, 0)) for op in OPS}
+MEASURED = any(file for _, file in FASTEST.values())  # else nobody need be asked which GPU it is
 
 # backend: (module that holds an op's kernels, device types it takes, what to do when it is missing)
 _KERNELS = {
@@ -60,13 +68,20 @@ def resolve(op, backend, x):
     """The backend of one call: the argument, else use_backend's, else the default of x's device."""
     if not isinstance(x, torch.Tensor):
         raise ValueError(f"{op}: the first argument must be a tensor, got {type(x).__name__}")
-    backend = backend or (_chosen[-1] if _chosen else DEFAULTS.get(x.device.type))
+    backend = backend or (_chosen[-1] if _chosen else default(op, x.device))
     if backend is None:
         raise RuntimeError(
             f"{op}: no backend is the default on device type '{x.device.type}'; "
             "pass backend='reference'"
         )
     return _known(op, backend)
+
+
+def default(op, device):
+    """The backend of a call without a choice: by the device alone; None where there is none."""
+    if device.type == "cuda" and MEASURED:
+        return FASTEST.get((torch.cuda.get_device_capability(device), op), UNMEASURED)[0]
+    return DEFAULTS.get(device.type)
 
 
 @functools.cache  # a call's way to its kernel is one dictionary look-up; an error is not cached
@@ -106,8 +121,8 @@ def missing(backend, op, device_type):
 
 def backends():
     """{backend: {op: None, or the reason why the backend cannot run the op on this machine}}."""
-    gpu = "cuda" if torch.cuda.is_available() else "cpu"
-    device = {"cpu": "cpu", "triton": gpu, "cuda": gpu, "reference": "cpu"}
+    triton = "cuda" if torch.cuda.is_available() else "cpu"
+    device = {"cpu": "cpu", "triton": triton, "cuda": "cuda", "reference": "cpu"}
     return {b: {op: missing(b, op, device[b]) for op in OPS} for b in BACKENDS}
 
 

@@ -1,3 +1,4 @@
+import json
 import os
 import pathlib
 import subprocess
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 import mvsplit_ops as mv
+import simt
 from bench.traffic import Recorder
 from mvsplit_ops import _C, _backends
 
@@ -23,7 +25,30 @@ def which_backend(x):
 def test_the_default_depends_on_the_device_type_alone():
     assert which_backend(torch.randn(4)) == "cpu"
     assert _backends.resolve("swiglu", None, torch.empty(0, device="meta")) == "cpu"
-    assert _backends.DEFAULTS["cuda"] == "triton"
+
+
+def test_what_is_not_measured_takes_triton():
+    assert set(_backends.FASTEST) == {
+        (c, op) for c in ((8, 0), (9, 0), (10, 0)) for op in _backends.OPS
+    }
+    for (capability, op), (backend, file) in _backends.FASTEST.items():
+        if file is None:
+            assert backend == _backends.DEFAULTS["cuda"] == "triton", (capability, op)
+            continue
+        records = map(json.loads, (ROOT / "bench/results" / file).read_text().splitlines())
+        assert any("cuda" in record["run"]["device"].lower() for record in records), file
+
+
+def test_the_default_of_a_gpu_is_the_fastest_measured_there(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    assert _backends.default("rope", gpu) == "triton"
+    monkeypatch.setattr(_backends, "MEASURED", True)
+    monkeypatch.setitem(_backends.FASTEST, ((9, 0), "swiglu"), ("cuda", "some.jsonl"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert _backends.default("swiglu", gpu) == "cuda"
+    assert _backends.default("rope", gpu) == "triton"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    assert _backends.default("swiglu", gpu) == "triton"
 
 
 def test_use_backend_nests_and_ends():
@@ -41,7 +66,7 @@ def test_use_backend_nests_and_ends():
 
 def test_the_argument_goes_before_use_backend():
     x = torch.randn(4)
-    with mv.use_backend("cuda"):
+    with mv.use_backend("cuda"), simt.absent():
         assert torch.equal(mv.swiglu(x, backend="reference"), mv.reference.swiglu(x))
         with pytest.raises(RuntimeError, match="swiglu: backend 'cuda' cannot run here"):
             mv.swiglu(x)
@@ -50,7 +75,7 @@ def test_the_argument_goes_before_use_backend():
 def test_use_backend_is_seen_by_compiled_code():
     compiled = torch.compile(lambda x: mv.swiglu(x), fullgraph=True, backend="aot_eager")
     compiled(torch.ones(2))
-    with mv.use_backend("cuda"), pytest.raises(Exception, match="cannot run here"):
+    with mv.use_backend("cuda"), simt.absent(), pytest.raises(Exception, match="cannot run here"):
         compiled(torch.ones(2))
 
 
@@ -71,7 +96,7 @@ def test_a_missing_backend_says_what_is_missing(op):
     for backend in ("triton", "cuda"):
         if reasons[backend] is None:
             continue
-        with pytest.raises(RuntimeError) as error:
+        with simt.absent(), pytest.raises(RuntimeError) as error:
             _backends.kernel(backend, op, "_fwd", "cpu")
         assert f"{op}: backend '{backend}' cannot run here: " in str(error.value)
         assert str(error.value).endswith("or pass backend='reference'")
@@ -171,7 +196,7 @@ def test_instruction_sets_can_be_chosen_and_a_wrong_one_is_named():
     _C.set_capability(before)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
 def test_backward_ops_stay_inside_their_tensors(backend):
     """A direct call of a backward kernel with shapes that do not belong together."""
     ops, x = torch.ops.mvsplit, torch.randn(2, 4, 8)
@@ -195,8 +220,8 @@ def test_backward_ops_stay_inside_their_tensors(backend):
             x, x.bfloat16(), x, a, a, None, rstd, mean, mean, [4], backend
         ),
     )
-    if torch.cuda.is_available() and backend == "triton":
-        pytest.skip("on a GPU the interpreter is off, and these tensors are on the CPU")
+    if torch.cuda.is_available() and backend != "cpu":
+        pytest.skip("on a GPU these kernels take tensors there, and these are on the CPU")
     for call in calls:
         with pytest.raises(RuntimeError, match="mvsplit_ops: "):
             call()

@@ -122,20 +122,20 @@ def test_rows_hold_every_backend_and_survive_their_file(tmp_path):
     assert {(r.op, r.backend, r.direction) for r in counted.rows} == {
         (op, backend, direction)
         for op in ("swiglu", "rope")
-        for backend in ("reference", "cpu", "triton")
+        for backend in ("reference", "cpu", "triton", "cuda")
         for direction in ("fwd", "bwd")
     }
-    assert len(steps) == steps[0][1] == 6
-    assert set(counted.missing) == {"cuda"}
+    assert len(steps) == steps[0][1] == 8
+    assert not counted.missing
     report.append_json(counted.to_json(), tmp_path / "t.jsonl")
     read = Count.from_json(json.loads((tmp_path / "t.jsonl").read_text()))
     assert (read.rows, read.missing) == (counted.rows, counted.missing)
     assert read.run["shape"]["segments"] == [20, 12]
     columns, rows, total = report.traffic_cells(counted)
-    assert columns == ("passes (launches)", "must move", "reference", "cpu", "triton")
+    assert columns == ("passes (launches)", "must move", "reference", "cpu", "triton", "cuda")
     swiglu = 3 * SMALL.F / SMALL.D
     assert rows[0][:2] == ("SwiGLU, fwd", f"{swiglu:g}")
-    assert rows[0][4] == f"{swiglu:.2f} (1)"
+    assert rows[0][4] == rows[0][5] == f"{swiglu:.2f} (1)"
     # RoPE is part of another operator, and not in the total.
     assert total[1] == f"{700 * swiglu + 400 * 5 * SMALL.F / SMALL.D:,.0f}"
 
@@ -159,9 +159,9 @@ def test_command(tmp_path):
     command += ["--tokens", "3,2", "--json", str(file)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "15.00 (1)" in done.stdout and "cuda: this version has no" in done.stdout
+    assert "15.00 (1)" in done.stdout and "cuda" in done.stdout
     (record,) = map(json.loads, file.read_text().splitlines())
-    assert record["kind"] == "traffic" and len(record["rows"]) == 6
+    assert record["kind"] == "traffic" and len(record["rows"]) == 8
 
 
 def test_command_needs_a_folder_for_its_record(tmp_path):

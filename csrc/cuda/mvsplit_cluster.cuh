@@ -20,6 +20,7 @@
 #define THREADS 256
 #define WEIGHT 0
 #define CARRY 0  // forward leaves the segment means of y
+#define BACKWARD 0
 #endif
 constexpr int GROUPS = THREADS / LANES, WARPS = THREADS / 32, CHUNKS = 4;
 constexpr bool BULK = VEC * sizeof(T) == 16;
@@ -135,19 +136,43 @@ DEVICE void read(const T* rows, int slice, int row, int item, A (&out)[VEC]) {
     widen<T, VEC>(load_shared<VEC>(rows + row * slice + column(item)), out);
 }
 
-// A parameter's or a mean's values of this thread's columns; zeros beyond the block's.
-DEVICE void read_parameter(const Parameter& p, const Part& part, A (&out)[ITEMS][VEC]) {
+// A parameter's or a mean's values of the block's columns, read once: the first group of rows puts
+// them into shared memory (place `slot` of the sums' WARPS), and take() gives them to every group.
+DEVICE void put(const A (&values)[ITEMS][VEC], A* columns, int slice, int slot) {
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i)
-        load_parameter<VEC>(p, part.column0 + column(i), column(i) < part.width, out[i]);
+        if (group() == 0 && column(i) < slice)
+            store_shared(columns + slot * slice + column(i), narrow<A>(values[i]));
 }
-DEVICE void read_mean(global<A> means, const Args& args, const Part& part, A (&out)[ITEMS][VEC]) {
+DEVICE void put(const Parameter& p, const Part& part, A* columns, int slice, int slot) {
+    A values[ITEMS][VEC];
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) {
+        bool live = group() == 0 && column(i) < part.width;
+        load_parameter<VEC>(p, part.column0 + column(i), live, values[i]);
+    }
+    put(values, columns, slice, slot);
+}
+DEVICE void put(global<A> means, const Args& args, const Part& part, A* columns, int slice,
+                int slot) {
     global<A> from = means + part.unit * args.D + part.column0;
+    A values[ITEMS][VEC];
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
 #pragma unroll
-        for (int j = 0; j < VEC; ++j) out[i][j] = 0;
-        if (column(i) < part.width) widen<A, VEC>(load<VEC>(from + column(i)), out[i]);
+        for (int j = 0; j < VEC; ++j) values[i][j] = 0;
+        if (group() == 0 && column(i) < part.width)
+            widen<A, VEC>(load<VEC>(from + column(i)), values[i]);
+    }
+    put(values, columns, slice, slot);
+}
+DEVICE void take(A (&values)[ITEMS][VEC], const A* columns, int slice, int slot) {
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) {
+#pragma unroll
+        for (int j = 0; j < VEC; ++j) values[i][j] = 0;
+        if (column(i) < slice)
+            widen<A, VEC>(load_shared<VEC>(columns + slot * slice + column(i)), values[i]);
     }
 }
 // By the threads of the first row's group: every group has the same values.
@@ -214,13 +239,25 @@ DEVICE void share_rows(const Part& part, A* sums, A* statistics, Finish finish) 
     cluster_sync();
 }
 
-KERNEL(cluster_fwd, Args, THREADS, ITEMS == 1 ? 3 : 2) {
+#if !BACKWARD
+KERNEL(cluster_fwd, Args, THREADS, ITEMS == 1 && !WEIGHT ? 3 : 2) {
     Part part(args);
     Layout at(args);
     global<T> tensors[2] = {args.x, args.f};
     fetch(args, part, at, tensors);
     T *xs = at.rows_of(0), *fs = at.rows_of(1);
     A *sums = at.statistics(0, 2), *rstds = at.statistics(1, 2), *columns = at.columns(2);
+
+    A alpha[ITEMS][VEC], beta[ITEMS][VEC], weight[ITEMS][VEC], given[ITEMS][VEC];
+    put(args.alpha, part, columns, at.slice, 0);
+    put(args.beta, part, columns, at.slice, 1);
+    if (WEIGHT) put(args.weight, part, columns, at.slice, 2);
+    if (args.given) put(args.given, args, part, columns, at.slice, 3);
+    barrier_sync();
+    take(alpha, columns, at.slice, 0);
+    take(beta, columns, at.slice, 1);
+    if (WEIGHT) take(weight, columns, at.slice, 2);
+    if (args.given) take(given, columns, at.slice, 3);
 
     A jx[ITEMS][VEC] = {}, jf[ITEMS][VEC] = {};
     for (int row = group(); row < part.rows; row += GROUPS) {
@@ -236,19 +273,16 @@ KERNEL(cluster_fwd, Args, THREADS, ITEMS == 1 ? 3 : 2) {
         }
     }
     sum_columns(jf, columns, at.slice);
-    if (args.given) read_mean(args.given, args, part, jx);
-    else sum_columns(jx, columns, at.slice);
+    if (!args.given) sum_columns(jx, columns, at.slice);
 
-    A beta[ITEMS][VEC], shift[ITEMS][VEC];
-    read_parameter(args.beta, part, beta);
-    read_parameter(args.alpha, part, shift);
+    A shift[ITEMS][VEC];
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i)
 #pragma unroll
         for (int j = 0; j < VEC; ++j) {
             jf[i][j] /= part.Ts;
-            if (!args.given) jx[i][j] /= part.Ts;
-            shift[i][j] = shift_of(shift[i][j], beta[i][j], jx[i][j], jf[i][j]);
+            jx[i][j] = args.given ? given[i][j] : jx[i][j] / part.Ts;
+            shift[i][j] = shift_of(alpha[i][j], beta[i][j], jx[i][j], jf[i][j]);
         }
     i64 unit = part.unit * args.D;
     write_columns(args.jf + unit, part, jf);
@@ -282,8 +316,7 @@ KERNEL(cluster_fwd, Args, THREADS, ITEMS == 1 ? 3 : 2) {
         return rstd;
     });
 
-    A weight[ITEMS][VEC], jy[ITEMS][VEC] = {};
-    if (WEIGHT) read_parameter(args.weight, part, weight);
+    A jy[ITEMS][VEC] = {};
     for (int row = group(); row < part.rows; row += GROUPS) {
         A rstd = rstds[row];
 #pragma unroll
@@ -310,6 +343,7 @@ KERNEL(cluster_fwd, Args, THREADS, ITEMS == 1 ? 3 : 2) {
     write_columns(args.jy + unit, part, jy);
 }
 
+#else
 KERNEL(cluster_bwd, Args, THREADS, 2) {
     Part part(args);
     Layout at(args);
@@ -322,12 +356,17 @@ KERNEL(cluster_bwd, Args, THREADS, 2) {
         rstds[row] = load_one(args.rstd + part.row0 + row);
 
     A alpha[ITEMS][VEC], beta[ITEMS][VEC], jx[ITEMS][VEC], jf[ITEMS][VEC], weight[ITEMS][VEC];
-    read_parameter(args.alpha, part, alpha);
-    read_parameter(args.beta, part, beta);
-    read_mean(args.jx, args, part, jx);
-    read_mean(args.jf, args, part, jf);
-    if (WEIGHT) read_parameter(args.weight, part, weight);
+    put(args.alpha, part, columns, at.slice, 0);
+    put(args.beta, part, columns, at.slice, 1);
+    put(args.jx, args, part, columns, at.slice, 2);
+    put(args.jf, args, part, columns, at.slice, 3);
+    if (WEIGHT) put(args.weight, part, columns, at.slice, 4);
     barrier_sync();
+    take(alpha, columns, at.slice, 0);
+    take(beta, columns, at.slice, 1);
+    take(jx, columns, at.slice, 2);
+    take(jf, columns, at.slice, 3);
+    if (WEIGHT) take(weight, columns, at.slice, 4);
 
     // g, n and f of this thread's vector of a row
     auto gradient = [&](int row, int i, A(&g)[VEC], A(&n)[VEC], A(&f)[VEC]) {
@@ -424,3 +463,4 @@ KERNEL(cluster_bwd, Args, THREADS, 2) {
             store(args.df + to, narrow<T>(f));
         }
 }
+#endif

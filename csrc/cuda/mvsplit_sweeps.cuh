@@ -10,10 +10,6 @@
 #pragma once
 #include <rows.cuh>
 
-#ifndef CARRY
-#define CARRY 0
-#endif
-
 struct Args {
     global<T> x, f, dy, y, df;  // backward: x is what forward kept, y is dx
     global<A> rstd, jx, jf;
@@ -47,6 +43,60 @@ DEVICE Block block_at(const Args& args) {
     }
 }
 
+DEVICE void stage_vector(global<A> from, A* to, int D) {
+    for (int d = tid(); d < D; d += THREADS) to[d] = load_one(from + d);
+}
+
+DEVICE void stage_shift(const Args& args, i64 unit, A* to, int D) {
+    for (int d = tid(); d < D; d += THREADS) {
+        A alpha[1], beta[1];
+        load_parameter<1>(args.alpha, d, true, alpha);
+        load_parameter<1>(args.beta, d, true, beta);
+        A jx = load_one(args.jx + unit * D + d), jf = load_one(args.jf + unit * D + d);
+        to[d] = shift_of(alpha[0], beta[0], jx, jf);
+    }
+}
+
+// Partial rows of a segment's blocks added: the mean of y (CARRY), or jdz and the segment's part of
+// the parameters' gradients.
+KERNEL(sweep_units, Args, 256, 4) {
+    constexpr int COLUMNS = 32, TOGETHER = 256 / COLUMNS;
+    i64 slices = ceil_div<i64>(args.D, COLUMNS);
+    i64 cluster = ctaid() / slices, b = cluster / args.S;
+    i64 first = b * args.blocks;
+    for (int s = 0; s < cluster % args.S; ++s)
+        first += ceil_div<i64>(args.segments[s].end - args.segments[s].begin, args.share);
+    Segment segment = args.segments[cluster % args.S];
+    A Ts = segment.end - segment.begin;
+    i64 count = ceil_div<i64>(segment.end - segment.begin, args.share);
+    i64 d = ctaid() % slices * COLUMNS + tid() % COLUMNS;
+    i64 unit = b * args.S + segment.index, at = unit * args.D + d;
+    A* parts = (A*)dynamic_shared();
+    int planes = args.jy ? 1 : WEIGHT ? 3 : 2;
+    for (int plane = 0; plane < planes; ++plane) {
+        global<A> rows = args.partials + (plane * args.B * args.blocks + first) * args.D + d;
+        A sum = 0;
+        for (i64 r = tid() / COLUMNS; r < count && d < args.D; r += TOGETHER)
+            sum += load_one(rows + r * args.D);
+        barrier_sync();
+        parts[tid()] = sum;
+        barrier_sync();
+        if (tid() >= COLUMNS || d >= args.D) continue;
+        for (int g = 1; g < TOGETHER; ++g) sum += parts[g * COLUMNS + tid()];
+        if (args.jy) {
+            store_one(args.jy + at, sum / Ts);
+            continue;
+        }
+        global<A> part = args.parts + plane * args.B * args.S * args.D + at;
+        if (plane == 0) {
+            store_one(args.jdz + at, sum / Ts);
+            sum *= load_one(args.jf + at) - load_one(args.jx + at);
+        }
+        store_one(part, sum);
+    }
+}
+
+#if !BACKWARD
 KERNEL(sweep_means, Args, 256, 3) {
     constexpr int COLUMN_LANES = 8, TOGETHER = 256 / COLUMN_LANES;
     i64 slices = ceil_div<i64>(args.D, COLUMN_LANES * VEC);
@@ -93,21 +143,7 @@ KERNEL(sweep_means, Args, 256, 3) {
     store(args.shift + at, narrow<A>(shift));
 }
 
-DEVICE void stage_vector(global<A> from, A* to, int D) {
-    for (int d = tid(); d < D; d += THREADS) to[d] = load_one(from + d);
-}
-
-DEVICE void stage_shift(const Args& args, i64 unit, A* to, int D) {
-    for (int d = tid(); d < D; d += THREADS) {
-        A alpha[1], beta[1];
-        load_parameter<1>(args.alpha, d, true, alpha);
-        load_parameter<1>(args.beta, d, true, beta);
-        A jx = load_one(args.jx + unit * D + d), jf = load_one(args.jf + unit * D + d);
-        to[d] = shift_of(alpha[0], beta[0], jx, jf);
-    }
-}
-
-KERNEL(sweep_apply, Args, THREADS, THREADS == 256 ? 3 : RESIDENT) {
+KERNEL(sweep_apply, Args, THREADS, RESIDENT) {
     int D = (int)args.D;
     Block block = block_at(args);
     Shared shared(D);
@@ -123,6 +159,7 @@ KERNEL(sweep_apply, Args, THREADS, THREADS == 256 ? 3 : RESIDENT) {
     if (CARRY) store_columns(jy, shared.next, D, args.partials + (i64)ctaid() * D);
 }
 
+#else
 KERNEL(sweep_reduce, Args, THREADS, RESIDENT) {
     int D = (int)args.D, turn = 0;
     Block block = block_at(args);
@@ -160,45 +197,6 @@ KERNEL(sweep_reduce, Args, THREADS, RESIDENT) {
     store_columns(sum_dz, shared.next, D, partial);
     store_columns(sum_dzf, shared.next, D, partial + plane);
     if (WEIGHT) store_columns(dweight, shared.next, D, partial + 2 * plane);
-}
-
-// Partial rows of a segment's blocks added: the mean of y (CARRY), or jdz and the segment's part of
-// the parameters' gradients.
-KERNEL(sweep_units, Args, 256, 4) {
-    constexpr int COLUMNS = 32, TOGETHER = 256 / COLUMNS;
-    i64 slices = ceil_div<i64>(args.D, COLUMNS);
-    i64 cluster = ctaid() / slices, b = cluster / args.S;
-    i64 first = b * args.blocks;
-    for (int s = 0; s < cluster % args.S; ++s)
-        first += ceil_div<i64>(args.segments[s].end - args.segments[s].begin, args.share);
-    Segment segment = args.segments[cluster % args.S];
-    A Ts = segment.end - segment.begin;
-    i64 count = ceil_div<i64>(segment.end - segment.begin, args.share);
-    i64 d = ctaid() % slices * COLUMNS + tid() % COLUMNS;
-    i64 unit = b * args.S + segment.index, at = unit * args.D + d;
-    A* parts = (A*)dynamic_shared();
-    int planes = args.jy ? 1 : WEIGHT ? 3 : 2;
-    for (int plane = 0; plane < planes; ++plane) {
-        global<A> rows = args.partials + (plane * args.B * args.blocks + first) * args.D + d;
-        A sum = 0;
-        for (i64 r = tid() / COLUMNS; r < count && d < args.D; r += TOGETHER)
-            sum += load_one(rows + r * args.D);
-        barrier_sync();
-        parts[tid()] = sum;
-        barrier_sync();
-        if (tid() >= COLUMNS || d >= args.D) continue;
-        for (int g = 1; g < TOGETHER; ++g) sum += parts[g * COLUMNS + tid()];
-        if (args.jy) {
-            store_one(args.jy + at, sum / Ts);
-            continue;
-        }
-        global<A> part = args.parts + plane * args.B * args.S * args.D + at;
-        if (plane == 0) {
-            store_one(args.jdz + at, sum / Ts);
-            sum *= load_one(args.jf + at) - load_one(args.jx + at);
-        }
-        store_one(part, sum);
-    }
 }
 
 KERNEL(sweep_gradients, Args, THREADS, RESIDENT) {
@@ -249,3 +247,4 @@ KERNEL(sweep_gradients, Args, THREADS, RESIDENT) {
         }
     }
 }
+#endif

@@ -26,7 +26,8 @@ DEVICE i64 end_row(const Args& args) {
     return end < args.N ? end : args.N;
 }
 
-KERNEL(residual_fwd, Args, THREADS, THREADS == 256 ? 3 : RESIDENT) {
+#if !BACKWARD
+KERNEL(residual_fwd, Args, THREADS, RESIDENT) {
     int D = (int)args.D;
     Shared shared(D);
     A *scale = shared.take(SCALE), *weight = shared.take(WEIGHT);
@@ -39,6 +40,7 @@ KERNEL(residual_fwd, Args, THREADS, THREADS == 256 ? 3 : RESIDENT) {
     forward_rows<false>(at, first_row(args), end_row(args), none);
 }
 
+#else
 KERNEL(residual_bwd, Args, THREADS, RESIDENT) {
     int D = (int)args.D, turn = 0;
     Shared shared(D);
@@ -73,3 +75,4 @@ KERNEL(residual_bwd, Args, THREADS, RESIDENT) {
     if (SCALE) store_columns(dscale, shared.next, D, args.dscale + (i64)ctaid() * D);
     if (WEIGHT) store_columns(dweight, shared.next, D, args.dweight + (i64)ctaid() * D);
 }
+#endif

@@ -329,7 +329,7 @@ DEVICE void store_dweight(const Args& args, const Side& side, const Pairs& dweig
     }
 }
 
-KERNEL(heads_fwd, Args, THREADS, WEIGHT ? 4 : 5) {
+KERNEL(heads_fwd, Args, THREADS, WEIGHT ? 3 : 4) {
     i64 begin = (i64)ctaid() * args.tokens_per_block;
     i64 end = begin + args.tokens_per_block;
     end = end < args.tokens ? end : args.tokens;
@@ -345,7 +345,7 @@ KERNEL(heads_fwd, Args, THREADS, WEIGHT ? 4 : 5) {
 }
 
 #if NORM
-KERNEL(heads_bwd, Args, THREADS, WEIGHT ? 3 : 5) {
+KERNEL(heads_bwd, Args, THREADS, WEIGHT ? 2 : 4) {
     i64 begin = (i64)ctaid() * args.tokens_per_block;
     i64 end = begin + args.tokens_per_block;
     end = end < args.tokens ? end : args.tokens;

@@ -19,8 +19,16 @@
 #define SCALE 1   // z has scale * f, not f
 #define WEIGHT 0  // y has a weight
 #define BRANCH 1  // backward computes n from x and f; else what is kept is n itself
+#define BACKWARD 0
 #endif
-constexpr int RESIDENT = THREADS < 512 ? 512 / THREADS : 1;  // up to 128 registers a thread
+#ifndef CARRY
+#define CARRY 0  // forward sums what it stores
+#endif
+// Threads that an SM's registers hold: 85 registers each forward with one gain and rows of 16 bits,
+// 128 with more, 170 where backward has the sums of two gains.
+constexpr int MORE = WEIGHT + CARRY + (sizeof(T) > 2);
+constexpr int AT_ONCE = BACKWARD ? (WEIGHT ? 384 : 512) : MORE == 0 ? 768 : MORE == 3 ? 256 : 512;
+constexpr int RESIDENT = THREADS < AT_ONCE ? AT_ONCE / THREADS : 1;
 constexpr int GROUPS = THREADS / LANES;  // rows that a block has in hand at once
 constexpr int WARPS = THREADS / 32;
 

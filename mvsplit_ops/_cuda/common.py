@@ -41,9 +41,11 @@ def vector(tensors, *lengths):
     """
     tensors = [t for t in tensors if t is not None]
     n = math.gcd(16 // tensors[0].element_size(), *lengths)
-    for t in tensors:
-        while t.data_ptr() % min(16, n * t.element_size()):
-            n //= 2
+    addresses = [t.data_ptr() for t in tensors]
+    if any(address % 16 for address in addresses):
+        for address, t in zip(addresses, tensors, strict=True):
+            while address % min(16, n * t.element_size()):
+                n //= 2
     return n
 
 

@@ -78,19 +78,24 @@ def pack(args, address=torch.Tensor.data_ptr):
 
     bytes stand for themselves: a table at the end of the struct.
     """
-    parts = []
-    for value in args:
-        if value is None:
-            parts.append(bytes(8))
-        elif isinstance(value, torch.Tensor):
-            parts.append(struct.pack("Q", address(value)))
-        elif isinstance(value, float):
-            parts.append(struct.pack("d", value))
-        elif isinstance(value, bytes):
-            parts.append(value)
-        else:
-            parts.append(struct.pack("q", value))
-    return b"".join(parts)
+    try:
+        codes = "".join([_CODES[type(value)] for value in args])
+    except KeyError:  # a subclass of Tensor
+        codes = "".join(["P" if isinstance(v, torch.Tensor) else _CODES[type(v)] for v in args])
+    values = [
+        address(value) if code == "P" else 0 if value is None else value
+        for code, value in zip(codes, args, strict=True)
+    ]
+    if codes[-1] == "s":
+        return struct.pack(codes[:-1], *values[:-1]) + values[-1]
+    return struct.pack(codes, *values)
+
+
+_CODES = {
+    **dict.fromkeys((torch.Tensor, torch.nn.Parameter), "P"),
+    **dict.fromkeys((int, bool, type(None)), "q"),
+    **{float: "d", bytes: "s"},
+}
 
 
 # The devices of tensors that lie on no GPU: {device type: Device}. Tests put an emulator here.

@@ -1,5 +1,7 @@
 """Launchers of csrc/cuda/rope_qk_norm.cu: rope, qk_norm and rope_qk_norm are its modes."""
 
+import functools
+
 from mvsplit_ops._cuda.common import (
     ceil_div,
     new,
@@ -112,31 +114,18 @@ class _Plan:
     """How the threads are laid out over a head, and the launch of either direction."""
 
     def __init__(self, xs, dys, outs, weights, angles, norm, flags):
-        self.x, self.flags = xs[0], flags
-        B, self.T, _, self.D = self.x.shape
+        x = self.x = xs[0]
+        B, self.T, _, self.D = x.shape
         self.tokens = B * self.T if self.D else 0
-        self.angles, self.table_strides = tables(angles, self.x)
-        if not angles:
-            self.angles, self.table_strides = (None, None), (0, 0)
-        pairs = ceil_div(self.D, 2)
-        strides = [s for t in (*xs, *dys) if t is not None for s in t.stride()[:3]]
+        rotate, self.sign = bool(angles), -1.0 if flags["conjugate"] else 1.0
+        self.angles, self.table_strides = tables(angles, x) if rotate else ((None, None), (0, 0))
         half = self.D // 2 if self.D % 2 == 0 else 1
+        strides = [s for t in (*xs, *dys) if t is not None for s in t.stride()[:3]]
         tensors = *xs, *dys, *outs, *weights, *self.angles
         width = vector(tensors, half, *strides, *self.table_strides)
-        lanes = min(32, max(4, power_of_two(ceil_div(pairs, width))))
-        self.groups = THREADS // lanes
-        self.program = program(
-            "rope_qk_norm",
-            self.x.dtype,
-            VEC=width,
-            LANES=lanes,
-            ITEMS=max(1, ceil_div(pairs, width * lanes)),
-            ROTATE=int(bool(angles)),
-            NORM=int(norm),
-            NORM_FIRST=int(flags["norm_first"]),
-            INTERLEAVED=int(flags["interleaved"]),
-            WEIGHT=int(any(w is not None for w in weights)),
-        )
+        modes = rotate, norm, flags["norm_first"], flags["interleaved"]
+        weighted = any(w is not None for w in weights)
+        self.program, self.groups = _layout(x.dtype, self.D, width, *modes, weighted)
 
     def launch(self, kernel, sides, share, eps, shared=0):
         sides = [*sides, NO_SIDE][:2]
@@ -145,9 +134,27 @@ class _Plan:
             self.program,
             Launch(kernel, ceil_div(self.tokens, share), THREADS, shared=shared),
             (
-                *(field for side in sides for field in side),
-                *(*parameter(cos), *parameter(sin), *self.table_strides),
-                *(self.T, self.tokens, self.D, share, eps),
-                -1.0 if self.flags["conjugate"] else 1.0,
+                *(*sides[0], *sides[1], *parameter(cos), *parameter(sin), *self.table_strides),
+                *(self.T, self.tokens, self.D, share, eps, self.sign),
             ),
         )
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout(dtype, D, width, rotate, norm, norm_first, interleaved, weighted):
+    """The Program, and the tokens that a block has in hand at once."""
+    pairs = ceil_div(D, 2)
+    lanes = min(32, max(4, power_of_two(ceil_div(pairs, width))))
+    made = program(
+        "rope_qk_norm",
+        dtype,
+        VEC=width,
+        LANES=lanes,
+        ITEMS=max(1, ceil_div(pairs, width * lanes)),
+        ROTATE=int(rotate),
+        NORM=int(norm),
+        NORM_FIRST=int(norm_first),
+        INTERLEAVED=int(interleaved),
+        WEIGHT=int(weighted),
+    )
+    return made, THREADS // lanes

@@ -183,6 +183,7 @@ def _plan(device, direction, dtype, segments, D, width, weighted, carry):
     sizes = width, dtype.itemsize, accumulator
     for plan in clusters(direction, max(segments), D, *sizes, device.limits):
         layout = {"VEC": width, "LANES": plan.lanes, "ITEMS": plan.items, "THREADS": THREADS}
+        layout["BACKWARD"] = int(direction == "backward")
         made = program("mvsplit_rmsnorm", dtype, CLUSTER=1, **layout, **flags)
         one = Launch(KERNELS[direction], plan.blocks, THREADS, plan.blocks, plan.shared)
         if plan.blocks <= PORTABLE or device.holds(made, one):

@@ -22,6 +22,7 @@ BLOCKS = 528
 class Rows:
     """The defines of a row kernel, and what follows from them."""
 
+    direction: str
     width: int  # elements of an access
     lanes: int
     items: int
@@ -30,7 +31,7 @@ class Rows:
     @property
     def defines(self):
         values = {"VEC": self.width, "LANES": self.lanes, "ITEMS": self.items}
-        return {**values, "THREADS": self.threads}
+        return {**values, "THREADS": self.threads, "BACKWARD": int(self.direction == "backward")}
 
     @property
     def groups(self):
@@ -48,7 +49,7 @@ def layout(direction, D, accumulator, width):
     elements, threads = TABLE[direction]
     elements = elements * 4 // accumulator
     lanes = min(MOST_LANES, max(32, power_of_two(ceil_div(D, elements))))
-    return Rows(width, lanes, ceil_div(D, lanes * width), max(threads, lanes))
+    return Rows(direction, width, lanes, ceil_div(D, lanes * width), max(threads, lanes))
 
 
 def rows_per_block(N):

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from mvsplit_ops import _backends
 from mvsplit_ops._cuda import device
@@ -26,6 +27,7 @@ from mvsplit_ops._cuda.device import LIMITS, Limits
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+KERNELS = ROOT / "csrc" / "cuda"
 COMPILE = ("g++", "-std=c++17", "-O2", "-fPIC", "-shared", "-w", "-Wl,-Bsymbolic")
 
 HOPPER, AMPERE = LIMITS["sm_90a"], LIMITS["sm_80"]
@@ -48,17 +50,20 @@ class Emulator:
 
     limits: Limits = HOPPER
     traffic: Traffic = field(default_factory=Traffic)
+    folder: Path = KERNELS  # of the .cu files
 
     def holds(self, program, launch):
         return True
 
     def poison(self, t):
-        return t.fill_(math.nan if t.is_floating_point() else -1)
+        with _disable_current_modes():  # no operation of the launcher's
+            return t.fill_(math.nan if t.is_floating_point() else -1)
 
     def launch(self, program, launch, args):
         if launch.grid == 0:
             return
-        engine, library = _engine(), _library(program, self.limits.architecture)
+        engine = _engine()
+        library = _library(program, self.limits.architecture, self.folder)
         entry = getattr(library, launch.kernel)
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
         engine.simt_begin()
@@ -164,15 +169,15 @@ def _engine():
     return _loaded["engine"]
 
 
-def _library(program, architecture, folder=ROOT / "csrc" / "cuda"):
+def _library(program, architecture, folder):
     key = program, architecture, folder
     if key not in _loaded:
         source = folder / f"{program.source}.cu"
-        headers = [p for p in folder.glob("*.cuh") if p.name != "ptx.cuh"]
+        headers = [p for p in KERNELS.glob("*.cuh") if p.name != "ptx.cuh"]
         flags = [f"-D{d}" for d in program.defines]
         flags += [f"-D__CUDA_ARCH__={architecture.strip('sm_a')}0"]
         # <ptx.cuh> is ours, every other header the kernels' own.
-        line = (*flags, "-I", str(HERE), "-I", str(folder), "-x", "c++", str(source))
+        line = (*flags, "-I", str(HERE), "-I", str(KERNELS), "-x", "c++", str(source))
         inputs = (source, *sorted(headers), HERE / "ptx.cuh", HERE / "engine.h")
         _loaded[key] = ctypes.CDLL(str(_build(program.source, *line, inputs=inputs)))
     return _loaded[key]
@@ -181,9 +186,23 @@ def _library(program, architecture, folder=ROOT / "csrc" / "cuda"):
 def install(limits=HOPPER):
     """CPU tensors take backend "cuda" from now on; returns the Emulator."""
     emulator = device.installed["cpu"] = Emulator(limits)
+    _forget()
+    return emulator
+
+
+def _forget():
+    """What was found out about the backends before."""
     _backends.missing.cache_clear()
     _backends.kernel.cache_clear()
-    return emulator
+
+
+@contextlib.contextmanager
+def absent():
+    """Within the block, CPU tensors do not take backend "cuda", as where nothing is installed."""
+    with using():
+        device.installed.pop("cpu")
+        _forget()
+        yield
 
 
 @contextlib.contextmanager
@@ -193,8 +212,7 @@ def using(limits=HOPPER):
     try:
         yield install(limits)
     finally:
-        device.installed.pop("cpu")
+        device.installed.pop("cpu", None)
         if before is not None:
             device.installed["cpu"] = before
-        _backends.missing.cache_clear()
-        _backends.kernel.cache_clear()
+        _forget()
