@@ -4,13 +4,18 @@
 
 No build isolation: the extension must be built against the torch that will load it. The kernels in
 csrc/cpu are compiled once per instruction set and chosen at run time, so that a build made on one
-machine runs on another.
+machine runs on another. Those in csrc/cuda need no build: what models of usual shapes take of them
+is compiled here all the same where there is an nvcc, and the rest at first use.
 """
 
 import platform
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
@@ -47,6 +52,34 @@ if X86:
     ]
     INSTRUCTION_SETS["AVX512_BF16"] = [*INSTRUCTION_SETS["AVX512"], "-mavx512bf16"]
 
+CUDA_ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
+# `python -m mvsplit_ops build` here, where triton_kernels is not yet a part of mvsplit_ops.
+BUILD_CUDA = """
+import sys, triton_kernels
+sys.modules["mvsplit_ops.triton_kernels"] = triton_kernels
+from mvsplit_ops.__main__ import main
+main()
+"""
+
+
+class Package(build_py):
+    """build_py that first fills mvsplit_ops/_cuda/prebuilt, as far as an nvcc can."""
+
+    def run(self):
+        if shutil.which("nvcc"):
+            self.compile_cuda()
+        super().run()
+
+    def compile_cuda(self):
+        arguments = ["build", "--compiler", "nvcc", "--dtype", "bf16", "--arch"]
+        command = [sys.executable, "-c", BUILD_CUDA, *arguments, *CUDA_ARCHITECTURES]
+        root = Path(__file__).resolve().parent
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip() or "no reason given").splitlines()
+            reason = next((line for line in reason if line.startswith("mvsplit_ops")), reason[-1])
+            self.warn(f"not every CUDA kernel was built now; NVRTC will, at first use: {reason}")
+
 
 class Build(BuildExtension):
     """BuildExtension that compiles csrc/cpu once for each instruction set."""
@@ -73,5 +106,5 @@ setup(
             extra_compile_args=[*COMMON, *(["-DMVSPLIT_X86"] if X86 else [])],
         )
     ],
-    cmdclass={"build_ext": Build},
+    cmdclass={"build_ext": Build, "build_py": Package},
 )

@@ -139,7 +139,7 @@ def traffic_notes(count):
         f"{s['dtype']}. A pass reads or writes one (B, T, D) activation once; parameters, tables, "
         "means and partial sums are counted too.",
         "reference: the tensors of every eager operation; cpu: the tensors of a call, whose second "
-        "reading comes from cache; triton: every load and store of its kernels.",
+        "reading comes from cache; triton and cuda: every load and store of their kernels.",
         "A step has 700 forward and 400 backward calls of RoPE + QK-Norm and of SwiGLU, and twice "
         "as many of MV-Split + RMSNorm."
         + (f" Merges that carry the mean move {saved:,.0f} passes less in triton." if both else ""),

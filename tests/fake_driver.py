@@ -1,6 +1,6 @@
 """What mvsplit_ops._cuda.gpu does to a driver, in a process whose libcuda.so.1 is fake_driver.c.
 
-test_cuda_build.py runs this file with two folders, of the library and of compiled kernels; it
+test_cuda_gpu.py runs this file with two folders, of the library and of compiled kernels; it
 prints {case: {"value", "error", "log"}} as JSON, `log` the driver's calls. torch has no CUDA here:
 what gpu.py asks of it is answered below.
 """

@@ -195,7 +195,10 @@ DEVICE A sum_lanes(A v, int step = 1) {
     return v;
 }
 
-DEVICE float reciprocal_root(float v) { return rsqrt_f32(v); }
+// Rows of 16 bits do not see the last bits of a float32.
+DEVICE float reciprocal_root(float v) {
+    return sizeof(T) == 2 ? rsqrt_approx_f32(v) : rsqrt_rn_f32(v);
+}
 DEVICE double reciprocal_root(double v) { return rsqrt_f64(v); }
 
 template <typename N>

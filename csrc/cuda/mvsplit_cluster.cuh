@@ -7,8 +7,9 @@
 // Launch: B * S clusters, the longest segment first; block `rank` has columns
 // [rank * slice, (rank + 1) * slice). LANES threads own a row's ITEMS vectors each, THREADS / LANES
 // rows at once. Shared memory (Layout): `tensors` slices of `rows` rows, two or three A a row, sums
-// of columns of each warp. Rows arrive by bulk copies, a barrier for each CHUNKS-th of them, where
-// a vector is 16 bytes; else by plain loads.
+// of columns of each warp. Where a vector is 16 bytes, all rows are in flight at once, with a
+// barrier for each CHUNKS-th of them: in bulk copies of a row, or in 16 bytes a thread where rows
+// are too short for those. Else by plain loads.
 // Preconditions: VEC divides D and slice; LANES * ITEMS * VEC >= slice; at most 16 blocks, a power
 // of two; pointers aligned to a vector; sm_90 or newer.
 #pragma once
@@ -21,9 +22,11 @@
 #define WEIGHT 0
 #define CARRY 0  // forward leaves the segment means of y
 #define BACKWARD 0
+#define COPY 0
 #endif
 constexpr int GROUPS = THREADS / LANES, WARPS = THREADS / 32, CHUNKS = 4;
-constexpr bool BULK = VEC * sizeof(T) == 16;
+constexpr int PLAIN = 0, ASYNC = 1, BULK = 2;  // COPY
+static_assert(COPY == PLAIN || VEC * sizeof(T) == 16, "");
 
 struct Args {
     global<T> x, f, dy, y, df;  // backward: x is what forward kept, y is dx
@@ -81,52 +84,67 @@ DEVICE int group() { return tid() / LANES; }
 DEVICE int column(int item) { return (lane() + item * LANES) * VEC; }
 DEVICE int chunk_rows(const Part& part) { return ceil_div(part.rows, CHUNKS); }
 
-// Starts to bring `count` tensors' parts into shared memory.
+// Starts to bring `count` tensors' parts into shared memory: a bulk copy a row, or VEC a thread.
 template <int count>
-DEVICE void fetch(const Args& args, const Part& part, const Layout& at,
-                  const global<T> (&tensors)[count]) {
-    if (BULK) {
-        u32 row_bytes = part.width * sizeof(T);
-        if (tid() == 0) {
-            for (int c = 0; c < CHUNKS; ++c) mbarrier_init(at.barriers() + c, 1);
-            fence_mbarrier_init();
+DEVICE void fetch_bulk(const Args& args, const Part& part, const Layout& at,
+                       const global<T> (&tensors)[count]) {
+    int chunk = chunk_rows(part);
+    u32 row_bytes = part.width * sizeof(T);
+    if (tid() == 0)
+        for (int c = 0; c < CHUNKS; ++c) {
+            int left = part.rows - c * chunk;
+            int rows = left < 0 ? 0 : left < chunk ? left : chunk;
+            mbarrier_arrive_expect_tx(at.barriers() + c, rows * row_bytes * count);
         }
-        barrier_sync();
-        int chunk = chunk_rows(part);
-        if (tid() == 0) {
-            for (int c = 0; c < CHUNKS; ++c) {
-                int left = part.rows - c * chunk;
-                int rows = left < 0 ? 0 : left < chunk ? left : chunk;
-                mbarrier_arrive_expect_tx(at.barriers() + c, rows * row_bytes * count);
-            }
-        }
-        if (part.width == 0) return;
-        for (int row = tid(); row < part.rows; row += THREADS) {
+    if (part.width == 0) return;
+    for (int row = tid(); row < part.rows; row += THREADS)
 #pragma unroll
-            for (int i = 0; i < count; ++i) {
-                global<T> from = tensors[i] + part.row_of(row, args.D);
-                cp_async_bulk_shared_global(at.rows_of(i) + row * at.slice, from.at, row_bytes,
-                                            at.barriers() + row / chunk);
-            }
+        for (int i = 0; i < count; ++i) {
+            global<T> from = tensors[i] + part.row_of(row, args.D);
+            cp_async_bulk_shared_global(at.rows_of(i) + row * at.slice, from.at, row_bytes,
+                                        at.barriers() + row / chunk);
         }
-    } else {
-        for (int row = group(); row < part.rows; row += GROUPS)
+}
+
+template <int count>
+DEVICE void fetch_vectors(const Args& args, const Part& part, const Layout& at,
+                          const global<T> (&tensors)[count]) {
+    int chunk = chunk_rows(part);
+    for (int c = 0; c < CHUNKS; ++c) {
+        int end = (c + 1) * chunk < part.rows ? (c + 1) * chunk : part.rows;
+        for (int row = c * chunk + group(); row < end; row += GROUPS)
 #pragma unroll
             for (int item = 0; item < ITEMS; ++item) {
                 if (column(item) >= part.width) continue;
 #pragma unroll
                 for (int i = 0; i < count; ++i) {
-                    auto v = load<VEC>(tensors[i] + part.row_of(row, args.D) + column(item));
-                    store_shared(at.rows_of(i) + row * at.slice + column(item), v);
+                    global<T> from = tensors[i] + part.row_of(row, args.D) + column(item);
+                    T* to = at.rows_of(i) + row * at.slice + column(item);
+                    if (COPY == ASYNC) cp_async_cg_shared_global_16(to, from.at);
+                    else store_shared(to, load<VEC>(from));
                 }
             }
-        barrier_sync();
+        if (COPY == ASYNC) cp_async_mbarrier_arrive_noinc(at.barriers() + c);
     }
+}
+
+template <int count>
+DEVICE void fetch(const Args& args, const Part& part, const Layout& at,
+                  const global<T> (&tensors)[count]) {
+    if (COPY != PLAIN && tid() == 0) {
+        for (int c = 0; c < CHUNKS; ++c)
+            mbarrier_init(at.barriers() + c, COPY == BULK ? 1 : THREADS);
+        fence_mbarrier_init();
+    }
+    if (COPY != PLAIN) barrier_sync();
+    if constexpr (COPY == BULK) fetch_bulk(args, part, at, tensors);
+    else fetch_vectors(args, part, at, tensors);
+    if (COPY == PLAIN) barrier_sync();
 }
 
 // Until a row is there.
 DEVICE void await(const Part& part, const Layout& at, int row) {
-    if (BULK)
+    if (COPY != PLAIN)
         while (!mbarrier_try_wait_parity(at.barriers() + row / chunk_rows(part), 0)) {
         }
 }

@@ -94,7 +94,12 @@ DEVICE float rcp_approx_f32(float v) {  // 1 ulp
 }
 DEVICE float exp_f32(float v) { return expf(v); }
 DEVICE double exp_f64(double v) { return exp(v); }
-DEVICE float rsqrt_f32(float v) { return rsqrtf(v); }
+DEVICE float rsqrt_approx_f32(float v) {  // 2 ulp
+    float r;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
+DEVICE float rsqrt_rn_f32(float v) { return __frsqrt_rn(v); }
 DEVICE double rsqrt_f64(double v) { return rsqrt(v); }
 
 // ---- a warp: all 32 lanes take part ----
@@ -160,7 +165,7 @@ DEVICE void st_shared_cluster_b64(u32 at, u64 v) {
     asm volatile("st.shared::cluster.b64 [%0], %1;" ::"r"(at), "l"(v) : "memory");
 }
 
-// ---- bulk copies, and the barriers in shared memory that they complete on ----
+// ---- asynchronous copies, and the barriers in shared memory that they complete on ----
 DEVICE void mbarrier_init(u64* barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(cvta_to_shared(barrier)),
                  "r"(arrivals)
@@ -186,6 +191,17 @@ DEVICE bool mbarrier_try_wait_parity(u64* barrier, u32 parity) {
         : "r"(cvta_to_shared(barrier)), "r"(parity)
         : "memory");
     return done;
+}
+// 16 bytes, 16-byte aligned, past L1.
+DEVICE void cp_async_cg_shared_global_16(void* to, u64 from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(cvta_to_shared(to)), "l"(from)
+                 : "memory");
+}
+// An arrival of this thread, once its cp.async copies so far have landed.
+DEVICE void cp_async_mbarrier_arrive_noinc(u64* barrier) {
+    asm volatile(
+        "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(cvta_to_shared(barrier))
+        : "memory");
 }
 // 16-byte aligned, a multiple of 16 bytes.
 DEVICE void cp_async_bulk_shared_global(void* to, u64 from, u32 bytes, u64* barrier) {

@@ -35,6 +35,11 @@ MEANS_LANES = 8  # of sweep_means, each with a vector of columns
 # measured on a GPU.
 KEPT = {"forward": (2, 3), "backward": (3, 2)}
 CLUSTERS = (1, 2, 4, 8, 16)
+COPIES = {"plain": 0, "async": 1, "bulk": 2}  # as in mvsplit_cluster.cuh
+# Bytes of a block's rows from which on a bulk copy brings each. At the paper's 128 bytes a block
+# would issue 512 of them, one in eleven cycles of its share of the bandwidth, from uniform
+# registers, where 16 bytes a thread are 128 instructions of a warp. Not yet measured on a GPU.
+BULK_ROW = 512
 PORTABLE = 8  # blocks; of more a GPU is asked whether it holds them at all
 KERNELS = {"forward": "cluster_fwd", "backward": "cluster_bwd"}
 MOST_COLUMNS = 64  # bytes of a thread's accumulators a vector: more of them would spill
@@ -42,13 +47,14 @@ MOST_COLUMNS = 64  # bytes of a thread's accumulators a vector: more of them wou
 
 @dataclass(frozen=True)
 class Clusters:
-    """How a cluster of `blocks` blocks divides D; shared: bytes of a block."""
+    """How a cluster of `blocks` blocks divides D; shared: bytes of a block; copy: COPIES."""
 
     blocks: int
     slice: int
     lanes: int
     items: int
     shared: int
+    copy: int
 
 
 def clusters(direction, Ts, D, width, itemsize, accumulator, limits):
@@ -67,7 +73,10 @@ def clusters(direction, Ts, D, width, itemsize, accumulator, limits):
         shared += THREADS // 32 * columns * accumulator
         if items * width * accumulator > MOST_COLUMNS or shared > limits.shared:
             continue
-        plan = Clusters(count, columns, lanes, items, shared)
+        copy = "plain" if width * itemsize < 16 else "async"
+        if copy == "async" and columns * itemsize >= BULK_ROW:
+            copy = "bulk"
+        plan = Clusters(count, columns, lanes, items, shared, COPIES[copy])
         fits = (shared + 1024) * resident <= limits.shared_sm  # CUDA keeps 1 KB a block
         (shared_well if fits else others).append(plan)
     return shared_well + others[::-1]
@@ -183,7 +192,7 @@ def _plan(device, direction, dtype, segments, D, width, weighted, carry):
     sizes = width, dtype.itemsize, accumulator
     for plan in clusters(direction, max(segments), D, *sizes, device.limits):
         layout = {"VEC": width, "LANES": plan.lanes, "ITEMS": plan.items, "THREADS": THREADS}
-        layout["BACKWARD"] = int(direction == "backward")
+        layout |= {"BACKWARD": int(direction == "backward"), "COPY": plan.copy}
         made = program("mvsplit_rmsnorm", dtype, CLUSTER=1, **layout, **flags)
         one = Launch(KERNELS[direction], plan.blocks, THREADS, plan.blocks, plan.shared)
         if plan.blocks <= PORTABLE or device.holds(made, one):

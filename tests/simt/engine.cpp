@@ -45,9 +45,10 @@ struct Copy {
     void* to;
     u64 from;
     u32 bytes;
+    bool counted;  // by the bytes that its barrier expects
 };
 struct MBarrier {
-    u32 arrivals, pending;
+    u32 arrivals, pending, after_copies;  // arrivals that wait for copies to land
     long long bytes;
     u64 phase;
     std::vector<Copy> copies;
@@ -67,6 +68,7 @@ struct Fiber {
     const u64* counter;  // it waits until this is no longer `value`
     u64 value, cluster_round;
     const char* waits_for;
+    std::vector<Copy> copies;  // begun, and of no barrier yet
 };
 
 char *tensor_memory, *shared_memory, *stacks;
@@ -156,12 +158,15 @@ void complete(MBarrier& m) {
 }
 
 bool land(MBarrier& m) {
-    if (m.copies.empty()) return false;
+    if (m.copies.empty() && !m.after_copies) return false;
     for (const Copy& copy : m.copies) {
         memcpy(copy.to, (const void*)copy.from, copy.bytes);
-        m.bytes -= copy.bytes;
+        if (copy.counted) m.bytes -= copy.bytes;
     }
     m.copies.clear();
+    if (m.after_copies > m.pending) fail("mbarrier: more arrivals than it was made for");
+    m.pending -= m.after_copies;
+    m.after_copies = 0;
     complete(m);
     return true;
 }
@@ -192,6 +197,7 @@ void set_up(u32 first_block, u32 grid, u32 ranks) {
             f.block = &block;
             f.counter = nullptr;
             f.waits_for = "";
+            f.copies.clear();
             getcontext(&f.start);
             f.start.uc_stack.ss_sp = stacks + i * STACK;
             f.start.uc_stack.ss_size = STACK;
@@ -299,7 +305,7 @@ u32 exchange(u32 value, u32 lane) {
 }
 
 void mbarrier_init(u64* barrier, u32 arrivals) {
-    self->block->mbarriers[barrier] = {arrivals, arrivals, 0, 0, {}};
+    self->block->mbarriers[barrier] = {arrivals, arrivals, 0, 0, 0, {}};
 }
 
 void mbarrier_arrive(u64* barrier, u32 bytes) {
@@ -317,13 +323,27 @@ void mbarrier_wait(u64* barrier, u32 parity) {
     if ((m.phase & 1) == parity) wait(&m.phase, m.phase, "mbarrier.try_wait");
 }
 
-void copy_bulk(void* to, u64 from, u32 bytes, u64* barrier) {
-    const char* instruction = "cp.async.bulk";
+static Copy begin_copy(void* to, u64 from, u32 bytes, bool counted, const char* instruction) {
     if (bytes % 16 || from % 16 || (u64)to % 16) fail("%s: not 16-byte aligned", instruction);
     remote((char*)to, 16, instruction);
     remote((char*)to + bytes - 16, 16, instruction);
     reads(from, bytes, instruction);
-    mbarrier_of(barrier).copies.push_back({to, from, bytes});
+    return {to, from, bytes, counted};
+}
+
+void copy_bulk(void* to, u64 from, u32 bytes, u64* barrier) {
+    mbarrier_of(barrier).copies.push_back(begin_copy(to, from, bytes, true, "cp.async.bulk"));
+}
+
+void copy_async(void* to, u64 from, u32 bytes) {
+    self->copies.push_back(begin_copy(to, from, bytes, false, "cp.async"));
+}
+
+void mbarrier_arrive_after(u64* barrier) {
+    MBarrier& m = mbarrier_of(barrier);
+    m.copies.insert(m.copies.end(), self->copies.begin(), self->copies.end());
+    self->copies.clear();
+    ++m.after_copies;
 }
 
 }  // namespace simt

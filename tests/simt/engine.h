@@ -29,6 +29,8 @@ void mbarrier_init(u64* barrier, u32 arrivals);
 void mbarrier_arrive(u64* barrier, u32 bytes);
 void mbarrier_wait(u64* barrier, u32 parity);
 void copy_bulk(void* to, u64 from, u32 bytes, u64* barrier);
+void copy_async(void* to, u64 from, u32 bytes);
+void mbarrier_arrive_after(u64* barrier);  // the copies that this thread has begun with copy_async
 
 [[noreturn]] void fail(const char* format, ...);
 

@@ -90,7 +90,8 @@ DEVICE float ex2_approx_f32(float v) { return std::exp2(v); }
 DEVICE float rcp_approx_f32(float v) { return 1 / v; }
 DEVICE float exp_f32(float v) { return std::exp(v); }
 DEVICE double exp_f64(double v) { return std::exp(v); }
-DEVICE float rsqrt_f32(float v) { return 1 / std::sqrt(v); }
+DEVICE float rsqrt_approx_f32(float v) { return 1 / std::sqrt(v); }
+DEVICE float rsqrt_rn_f32(float v) { return (float)(1 / std::sqrt((double)v)); }
 DEVICE double rsqrt_f64(double v) { return 1 / std::sqrt(v); }
 
 DEVICE u32 shfl_sync_bfly_b32(u32 v, u32 lanes) { return simt::exchange(v, (tid() ^ lanes) & 31); }
@@ -134,6 +135,8 @@ DEVICE bool mbarrier_try_wait_parity(u64* barrier, u32 parity) {
     simt::mbarrier_wait(barrier, parity);
     return true;
 }
+DEVICE void cp_async_cg_shared_global_16(void* to, u64 from) { simt::copy_async(to, from, 16); }
+DEVICE void cp_async_mbarrier_arrive_noinc(u64* barrier) { simt::mbarrier_arrive_after(barrier); }
 DEVICE void cp_async_bulk_shared_global(void* to, u64 from, u32 bytes, u64* barrier) {
     simt::copy_bulk(to, from, bytes, barrier);
 }
