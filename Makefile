@@ -10,6 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet
 export PATH := $(BIN):$(PATH)
 
 SOURCES := $(shell find csrc -type f) setup.py
+C_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.c')
 
 .PHONY: profile test lint format report clean
 
@@ -22,12 +23,12 @@ test: $(VENV)/built
 lint: $(VENV)/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format --dry-run --Werror $(C_FILES)
 
 format: $(VENV)/built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format -i $(C_FILES)
 
 report: $(VENV)/built
 	$(BIN)/python -m bench report

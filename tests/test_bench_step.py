@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+import simt
 from bench import step
 from bench.__main__ import main
 
@@ -47,5 +48,6 @@ def test_the_command_prints_and_records(tmp_path, capsys):
     ],
 )
 def test_bad_input_is_one_error(args, message, capsys):
-    assert main(["step", "tiny", *args]) == 2
+    with simt.absent():
+        assert main(["step", "tiny", *args]) == 2
     assert message in capsys.readouterr().err

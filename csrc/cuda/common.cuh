@@ -82,8 +82,8 @@ DEVICE void store(global<E> p, const words<BYTES>& v) {
     if constexpr (BYTES >= 16) {
 #pragma unroll
         for (int i = 0; i < BYTES / 16; ++i)
-            st_global_v4_b32(p.at + 16 * i, {v.at[4 * i], v.at[4 * i + 1], v.at[4 * i + 2],
-                                             v.at[4 * i + 3]});
+            st_global_v4_b32(p.at + 16 * i,
+                             {v.at[4 * i], v.at[4 * i + 1], v.at[4 * i + 2], v.at[4 * i + 3]});
     }
 }
 

@@ -152,7 +152,7 @@ KERNEL(sweep_apply, Args, THREADS, RESIDENT) {
     if (WEIGHT) stage(args.weight, weight, D);
     stage_vector(args.shift + block.unit * D, shift, D);
     barrier_sync();
-    Forward at = {args.x, args.f, args.y,           args.rstd, beta,
+    Forward at = {args.x, args.f, args.y,         args.rstd, beta,
                   shift,  weight, shared.scratch, D,         (A)args.eps};
     A jy[ITEMS][VEC] = {};
     forward_rows<CARRY>(at, block.begin, block.end, jy);
@@ -226,8 +226,10 @@ KERNEL(sweep_gradients, Args, THREADS, RESIDENT) {
         for (int i = 0; i < ITEMS; ++i) {
             A dz[VEC], n[VEC], b[VEC], add[VEC];
             widen<T, VEC>(dy.at[i], dz);
-            if (BRANCH) merge(x, f, beta, shift, i, D, n);
-            else widen<T, VEC>(x.at[i], n);
+            if (BRANCH)
+                merge(x, f, beta, shift, i, D, n);
+            else
+                widen<T, VEC>(x.at[i], n);
             if (WEIGHT) read(weight, i, D, b);
 #pragma unroll
             for (int j = 0; j < VEC; ++j) {

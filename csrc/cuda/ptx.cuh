@@ -6,7 +6,7 @@
 
 #define DEVICE __device__ __forceinline__
 // A kernel of at most THREADS threads, of which `resident` blocks fit an SM's registers.
-#define KERNEL(name, Args, threads, resident) \
+#define KERNEL(name, Args, threads, resident)                       \
     extern "C" __global__ void __launch_bounds__(threads, resident) \
         name(const __grid_constant__ Args args)
 
@@ -57,8 +57,8 @@ DEVICE void st_global_b64(u64 at, u64 v) {
     asm volatile("st.global.b64 [%0], %1;" ::"l"(at), "l"(v) : "memory");
 }
 DEVICE void st_global_v4_b32(u64 at, b128 v) {
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(v.x), "r"(v.y),
-                 "r"(v.z), "r"(v.w)
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(v.x), "r"(v.y), "r"(v.z),
+                 "r"(v.w)
                  : "memory");
 }
 
@@ -176,10 +176,10 @@ DEVICE void fence_mbarrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 DEVICE void mbarrier_arrive_expect_tx(u64* barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                     cvta_to_shared(barrier)),
-                 "r"(bytes)
-                 : "memory");
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(cvta_to_shared(barrier)),
+        "r"(bytes)
+        : "memory");
 }
 DEVICE bool mbarrier_try_wait_parity(u64* barrier, u32 parity) {
     u32 done;

@@ -34,7 +34,7 @@ KERNEL(residual_fwd, Args, THREADS, RESIDENT) {
     if (SCALE) stage(args.scale, scale, D);
     if (WEIGHT) stage(args.weight, weight, D);
     barrier_sync();
-    Forward at = {args.x, args.f, args.y,           args.rstd, scale,
+    Forward at = {args.x,  args.f, args.y,         args.rstd, scale,
                   nullptr, weight, shared.scratch, D,         (A)args.eps};
     A none[ITEMS][VEC];
     forward_rows<false>(at, first_row(args), end_row(args), none);

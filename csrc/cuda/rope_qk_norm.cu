@@ -40,8 +40,8 @@ constexpr int GROUPS = THREADS / LANES;  // tokens that a block has in hand at o
 
 // q or k; no heads: there is no such tensor.
 struct Side {
-    global<T> x, dy, out;    // out: y, or dx
-    global<A> rstd, dweight; // dweight: (blocks, D)
+    global<T> x, dy, out;     // out: y, or dx
+    global<A> rstd, dweight;  // dweight: (blocks, D)
     Parameter weight;
     i64 heads;
     i64 x_sample, x_token, x_head;
@@ -319,7 +319,8 @@ DEVICE void store_dweight(const Args& args, const Side& side, const Pairs& dweig
             if (tid() % 32 >= LANES || !has_pair(args, pair)) continue;
             int at = INTERLEAVED ? 2 * (pair + j) : pair + j;
             parts[warp * D + at] = first;
-            if (has_second(args, pair)) parts[warp * D + (INTERLEAVED ? at + 1 : at + half(args))] = second;
+            if (has_second(args, pair))
+                parts[warp * D + (INTERLEAVED ? at + 1 : at + half(args))] = second;
         }
     barrier_sync();
     for (int d = tid(); d < D; d += THREADS) {
@@ -337,10 +338,14 @@ KERNEL(heads_fwd, Args, THREADS, WEIGHT ? 3 : 4) {
         Token token = token_at(args, first + tid() / LANES, end);
         Pairs angles;
         load_angles(args, token, angles);
-        if (WEIGHT && args.q.weight) forward<WEIGHT>(args, args.q, token, angles);
-        else forward<false>(args, args.q, token, angles);
-        if (WEIGHT && args.k.weight) forward<WEIGHT>(args, args.k, token, angles);
-        else forward<false>(args, args.k, token, angles);
+        if (WEIGHT && args.q.weight)
+            forward<WEIGHT>(args, args.q, token, angles);
+        else
+            forward<false>(args, args.q, token, angles);
+        if (WEIGHT && args.k.weight)
+            forward<WEIGHT>(args, args.k, token, angles);
+        else
+            forward<false>(args, args.k, token, angles);
     }
 }
 
@@ -354,10 +359,14 @@ KERNEL(heads_bwd, Args, THREADS, WEIGHT ? 2 : 4) {
         Token token = token_at(args, first + tid() / LANES, end);
         Pairs angles;
         load_angles(args, token, angles);
-        if (WEIGHT && args.q.weight) backward<WEIGHT>(args, args.q, token, angles, dq_weight);
-        else backward<false>(args, args.q, token, angles, dq_weight);
-        if (WEIGHT && args.k.weight) backward<WEIGHT>(args, args.k, token, angles, dk_weight);
-        else backward<false>(args, args.k, token, angles, dk_weight);
+        if (WEIGHT && args.q.weight)
+            backward<WEIGHT>(args, args.q, token, angles, dq_weight);
+        else
+            backward<false>(args, args.q, token, angles, dq_weight);
+        if (WEIGHT && args.k.weight)
+            backward<WEIGHT>(args, args.k, token, angles, dk_weight);
+        else
+            backward<false>(args, args.k, token, angles, dk_weight);
     }
     if (WEIGHT && args.q.weight) store_dweight(args, args.q, dq_weight);
     if (WEIGHT && args.k.weight) store_dweight(args, args.k, dk_weight);

@@ -164,8 +164,8 @@ struct Backward {
 };
 
 // dz of row r in vectors, with f beside it; mean_d(g * n) is returned. Adds to dweight.
-DEVICE A backward_row(const Backward& at, i64 r, bool live, int& turn, Row& f,
-                      A (&dz)[ITEMS][VEC], A (&dweight)[ITEMS][VEC]) {
+DEVICE A backward_row(const Backward& at, i64 r, bool live, int& turn, Row& f, A (&dz)[ITEMS][VEC],
+                      A (&dweight)[ITEMS][VEC]) {
     int D = at.D;
     Row dy, x;
     load_row(at.dy + r * D, live, D, dy);
@@ -176,8 +176,10 @@ DEVICE A backward_row(const Backward& at, i64 r, bool live, int& turn, Row& f,
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
         widen<T, VEC>(dy.at[i], dz[i]);
-        if (BRANCH) merge(x, f, at.scale, at.shift, i, D, n[i]);
-        else widen<T, VEC>(x.at[i], n[i]);
+        if (BRANCH)
+            merge(x, f, at.scale, at.shift, i, D, n[i]);
+        else
+            widen<T, VEC>(x.at[i], n[i]);
         A w[VEC];
         if (WEIGHT) read(at.weight, i, D, w);
 #pragma unroll

@@ -21,7 +21,8 @@ struct Args {
 };
 
 DEVICE float sigmoid(float v) {
-    if constexpr (sizeof(T) == 2) return rcp_approx_f32(1 + ex2_approx_f32(v * -1.4426950408889634f));
+    if constexpr (sizeof(T) == 2)
+        return rcp_approx_f32(1 + ex2_approx_f32(v * -1.4426950408889634f));
     return 1 / (1 + exp_f32(-v));
 }
 DEVICE double sigmoid(double v) { return 1 / (1 + exp_f64(-v)); }

@@ -5,14 +5,14 @@
 // fibers forwards and backwards in turn: a barrier that is missing is then seen from both sides.
 #include "engine.h"
 
+#include <sys/mman.h>
+#include <ucontext.h>
 #include <csetjmp>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
 #include <map>
 #include <string>
-#include <sys/mman.h>
-#include <ucontext.h>
 #include <vector>
 
 namespace simt {
@@ -372,8 +372,8 @@ u64 simt_place(u64 from, u64 bytes) {
 int simt_written(u32 slot) { return tensors[slot].written; }
 
 // Null, or what went wrong; counted: bytes read and written.
-const char* simt_run(void (*entry)(const void*), const void* args, u32 grid, u32 block,
-                     u32 ranks, u32 shared, int backwards, u64* counted) {
+const char* simt_run(void (*entry)(const void*), const void* args, u32 grid, u32 block, u32 ranks,
+                     u32 shared, int backwards, u64* counted) {
     kernel = entry, arguments = args, threads = block, shared_bytes = shared;
     bytes_read = bytes_written = 0;
     fibers.resize(ranks * block);

@@ -16,8 +16,8 @@ const Place& here();
 const void* reads(u64 at, u32 bytes, const char* instruction);
 void* writes(u64 at, u32 bytes, const char* instruction);
 
-char* shared();                                     // of this block
-char* shared_of(const void* mine, u32 rank);        // the same place in another block's
+char* shared();                               // of this block
+char* shared_of(const void* mine, u32 rank);  // the same place in another block's
 const void* remote(const char* at, u32 bytes, const char* instruction);
 
 void block_barrier();

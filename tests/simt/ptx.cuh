@@ -6,13 +6,11 @@
 #include "engine.h"
 
 #define DEVICE inline
-#define KERNEL(name, Args, threads, resident)                       \
-    static void name##_body(const Args& args);                      \
-    extern "C" void name(const void* args) {                        \
-        name##_body(*static_cast<const Args*>(args));               \
-    }                                                               \
-    extern "C" const unsigned name##_args_bytes = sizeof(Args);     \
-    extern "C" const unsigned name##_most_threads = threads;        \
+#define KERNEL(name, Args, threads, resident)                                                \
+    static void name##_body(const Args& args);                                               \
+    extern "C" void name(const void* args) { name##_body(*static_cast<const Args*>(args)); } \
+    extern "C" const unsigned name##_args_bytes = sizeof(Args);                              \
+    extern "C" const unsigned name##_most_threads = threads;                                 \
     static void name##_body(const Args& args)
 
 using u16 = unsigned short;
@@ -72,8 +70,8 @@ DEVICE u32 to_f16(float v) {
     if (size >= 65520) return sign | 0x7c00;
     if (size == 0) return sign;
     int exponent;
-    std::frexp(size, &exponent);                  // size < 2^exponent
-    exponent = exponent < -13 ? -13 : exponent;   // subnormal below 2^-14
+    std::frexp(size, &exponent);                 // size < 2^exponent
+    exponent = exponent < -13 ? -13 : exponent;  // subnormal below 2^-14
     u32 steps = (u32)std::nearbyint(std::ldexp(size, 11 - exponent));
     return sign | (steps + ((u32)(exponent + 13) << 10));  // a carry moves into the exponent
 }
