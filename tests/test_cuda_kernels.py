@@ -82,7 +82,7 @@ PLANS = (
     ((256, 64), 1024, torch.bfloat16, 16, 16),
     ((130, 9), 1026, torch.bfloat16, 8, 8),  # vectors of 4 bytes: plain loads in place of copies
     ((90,), 1160, torch.float32, 16, 16),
-    ((1, 1, 2), 8192, torch.float32, 16, 16),
+    ((180,), 2048, torch.bfloat16, 16, 16),  # 512 threads backward
 )
 
 
@@ -90,7 +90,7 @@ PLANS = (
 @pytest.mark.parametrize(("segments", "D", "dtype", "fwd", "bwd"), PLANS, ids=str)
 def test_every_size_of_cluster_is_as_accurate_as_eager(segments, D, dtype, fwd, bwd, kind):
     case = variant("mvsplit_rmsnorm", {"plain": merge, "weighted": weighted}[kind])
-    inputs = make(case, B=2 if D < 8192 else 1, segments=segments, D=D, H=1, dtype=dtype)
+    inputs = make(case, B=2 if D < 2048 else 1, segments=segments, D=D, H=1, dtype=dtype)
     seen = launched(lambda: require_case(case, f"{segments} {D}", case.fused(), inputs))
     clusters = dict(kernel for kernel in seen if kernel[0] != "sum_rows")
     assert clusters == {"cluster_fwd": fwd, "cluster_bwd": bwd}
@@ -127,6 +127,30 @@ def test_a_carried_mean_is_that_of_y_as_stored(limits):
     exact = mv.reference.segment_means(y.double(), kwargs["segments"])
     assert torch.allclose(jy.double(), exact, rtol=0, atol=1e-6)
     assert (y.float() - z.float()).abs().max() <= 2**-7 * y.abs().max()
+
+
+@pytest.mark.parametrize("limits", [simt.AMPERE, simt.HOPPER], ids=["sm_80", "sm_90a"])
+def test_a_mean_that_lies_anywhere(limits):
+    """jx a view of a buffer, 4 bytes into it: no access of 16 bytes may be made there."""
+    (x, f, alpha, beta), _, kwargs = make(variant("", merge), segments=(20, 5), D=64, H=1)
+    given = mv.reference.segment_means(x, kwargs["segments"]).float()
+    offset = torch.empty(given.numel() + 1)[1:].view(given.shape).copy_(given)
+    results = []
+    for jx in (given, offset):
+        leaves = [t.clone().requires_grad_() for t in (x, f, alpha, beta)]
+        with simt.using(limits):
+            y, _ = mv.mvsplit_rmsnorm_with_mean(*leaves, jx=jx, **kwargs)
+            y.sum().backward()
+        results.append([y, *(t.grad for t in leaves)])
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, rtol=2e-2, atol=2e-2)
+
+
+def test_rows_of_8192_in_float32():
+    case = variant("mvsplit_rmsnorm", merge)
+    inputs = make(case, B=1, segments=(1, 1, 2), D=8192, H=1, dtype=torch.float32)
+    seen = launched(lambda: require_case(case, "8192", case.fused(), inputs))
+    assert seen == [("cluster_fwd", 16), ("cluster_bwd", 16), ("sum_rows", 0)]
 
 
 def test_both_plans_are_the_same_function():
@@ -183,7 +207,10 @@ def test_segments_of_the_paper_leave_room_for_blocks_that_load_and_store():
     plan, *_ = mvsplit_rmsnorm.clusters("forward", 256, 1024, 8, 2, 4, simt.HOPPER)
     assert (plan.blocks, plan.slice, plan.items) == (16, 64, 1)
     assert 3 * (plan.shared + 1024) <= simt.HOPPER.shared_sm
+    plan, *_ = mvsplit_rmsnorm.clusters("backward", 256, 2048, 8, 2, 4, simt.HOPPER)
+    assert plan.threads == 512 and plan.shared <= simt.HOPPER.shared
     plan, *_ = mvsplit_rmsnorm.clusters("backward", 256, 1024, 8, 2, 4, simt.HOPPER)
+    assert plan.threads == 256
     assert 2 * (plan.shared + 1024) <= simt.HOPPER.shared_sm
 
 

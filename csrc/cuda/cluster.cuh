@@ -2,7 +2,7 @@
 // do apart from their arithmetic. A block has a slice of the columns, for all rows of the segment.
 //
 //   Part, Layout    what a block works on, and where it lies in shared memory
-//   fetch, await    rows into shared memory, all in flight at once
+//   fetch, Arrivals rows into shared memory, all in flight at once
 //   put, take       a parameter or a mean, read from global memory once a block
 //   sum_columns     sums over rows: of the block, in a fixed order
 //   share_rows      sums over columns: of the cluster, a scalar a row, in a fixed order
@@ -50,6 +50,7 @@ struct Part {
         i64 left = args.D - column0;
         width = (int)(left < 0 ? 0 : left < args.slice ? left : args.slice);
     }
+    DEVICE int rows_each() const { return ceil_div(rows, ranks); }  // of a block in share_rows
     DEVICE i64 row_of(int row, i64 D) const { return (row0 + row) * D + column0; }
 };
 
@@ -76,7 +77,10 @@ struct Layout {
 DEVICE int lane() { return tid() % LANES; }
 DEVICE int group() { return tid() / LANES; }
 DEVICE int column(int item) { return (lane() + item * LANES) * VEC; }
-DEVICE int chunk_rows(const Part& part) { return ceil_div(part.rows, CHUNKS); }
+// Rows that have a barrier of their own: whole rounds of GROUPS, so that a round waits for one.
+DEVICE int chunk_rows(const Part& part) {
+    return ceil_div(ceil_div(part.rows, CHUNKS), GROUPS) * GROUPS;
+}
 
 // Starts to bring `count` tensors' parts into shared memory: a bulk copy a row, or VEC a thread.
 template <int count>
@@ -103,21 +107,22 @@ DEVICE void fetch_bulk(const Args& args, const Part& part, const Layout& at,
 template <int count>
 DEVICE void fetch_vectors(const Args& args, const Part& part, const Layout& at,
                           const global<T> (&tensors)[count]) {
-    int chunk = chunk_rows(part);
+    int chunk = chunk_rows(part), row = group(), to = row * at.slice;
+    i64 from = part.row_of(row, args.D), step = GROUPS * args.D;
     for (int c = 0; c < CHUNKS; ++c) {
         int end = (c + 1) * chunk < part.rows ? (c + 1) * chunk : part.rows;
-        for (int row = c * chunk + group(); row < end; row += GROUPS)
+        for (; row < end; row += GROUPS, from += step, to += GROUPS * at.slice)
 #pragma unroll
             for (int item = 0; item < ITEMS; ++item) {
                 if (column(item) >= part.width) continue;
 #pragma unroll
                 for (int i = 0; i < count; ++i) {
-                    global<T> from = tensors[i] + part.row_of(row, args.D) + column(item);
-                    T* to = at.rows_of(i) + row * at.slice + column(item);
+                    global<T> source = tensors[i] + (from + column(item));
+                    T* target = at.rows_of(i) + to + column(item);
                     if (COPY == ASYNC)
-                        cp_async_cg_shared_global_16(to, from.at);
+                        cp_async_cg_shared_global_16(target, source.at);
                     else
-                        store_shared(to, load<VEC>(from));
+                        store_shared(target, load<VEC>(source));
                 }
             }
         if (COPY == ASYNC) cp_async_mbarrier_arrive_noinc(at.barriers() + c);
@@ -131,6 +136,7 @@ DEVICE void fetch(const Args& args, const Part& part, const Layout& at,
         for (int c = 0; c < CHUNKS; ++c)
             mbarrier_init(at.barriers() + c, COPY == BULK ? 1 : THREADS);
         fence_mbarrier_init();
+        if (COPY == BULK) fence_proxy_async_shared_cta();
     }
     if (COPY != PLAIN) barrier_sync();
     if constexpr (COPY == BULK)
@@ -140,12 +146,19 @@ DEVICE void fetch(const Args& args, const Part& part, const Layout& at,
     if (COPY == PLAIN) barrier_sync();
 }
 
-// Until a row is there.
-DEVICE void await(const Part& part, const Layout& at, int row) {
-    if (COPY != PLAIN)
-        while (!mbarrier_try_wait_parity(at.barriers() + row / chunk_rows(part), 0)) {
+// Rounds of rows in their order: each waits until its rows are there.
+struct Arrivals {
+    u64* barrier;
+    int chunk, next = 0;
+    DEVICE Arrivals(const Part& part, const Layout& at)
+        : barrier(at.barriers()), chunk(chunk_rows(part)) {}
+    DEVICE void await(int first) {  // the round of rows from `first` on
+        if (COPY == PLAIN || first != next) return;
+        while (!mbarrier_try_wait_parity(barrier, 0)) {
         }
-}
+        ++barrier, next += chunk;
+    }
+};
 
 // Vector `item` of a row in shared memory, widened.
 DEVICE void read(const T* rows, int slice, int row, int item, A (&out)[VEC]) {
@@ -235,13 +248,13 @@ DEVICE void cluster_sync() {
     barrier_cluster_wait_acquire();
 }
 
-// sums[row] of every block added up, turned into statistics[row] by `finish(row, sum)` in one block
-// and handed to all. Row r is the work of block r / (rows of a block), whose threads read it from
+// sums[row] of every block added up, turned into statistics[row] by `finish(sum)` in one block and
+// handed to all. A block that has stored to global memory waits for it here: store later. Row r is the work of block r / (rows of a block), whose threads read it from
 // each block, `ranks` of them side by side: the sum is a butterfly, in a fixed order.
 template <typename Finish>
 DEVICE void share_rows(const Part& part, A* sums, A* statistics, Finish finish) {
     cluster_sync();
-    int each = ceil_div(part.rows, part.ranks);
+    int each = part.rows_each();
     int peer = tid() % part.ranks;
     for (int base = 0; base < each * part.ranks; base += THREADS) {
         int mine = (base + tid()) / part.ranks, row = part.rank * each + mine;
@@ -249,8 +262,7 @@ DEVICE void share_rows(const Part& part, A* sums, A* statistics, Finish finish) 
         A sum = live ? get_remote(mapa_shared_cluster(sums + row, peer), A()) : 0;
         for (int d = part.ranks / 2; d > 0; d /= 2) sum += shuffle_xor(sum, d);
         if (!live) continue;
-        A statistic = finish(row, sum, peer == 0);
-        put_remote(mapa_shared_cluster(statistics + row, peer), statistic);
+        put_remote(mapa_shared_cluster(statistics + row, peer), finish(sum));
     }
     cluster_sync();
 }

@@ -16,7 +16,7 @@
 #include <cluster.cuh>
 
 #if !BACKWARD
-KERNEL(cluster_fwd, Args, THREADS, ITEMS == 1 && !WEIGHT ? 3 : 2) {
+KERNEL(cluster_fwd, Args, THREADS, THREADS > 256 ? 1 : ITEMS == 1 && !WEIGHT ? 3 : 2) {
     Part part(args);
     Layout at(args);
     global<T> tensors[2] = {args.x, args.f};
@@ -36,11 +36,13 @@ KERNEL(cluster_fwd, Args, THREADS, ITEMS == 1 && !WEIGHT ? 3 : 2) {
     if (args.given) take(given, columns, at.slice, 3);
 
     A jx[ITEMS][VEC] = {}, jf[ITEMS][VEC] = {};
-    for (int row = group(); row < part.rows; row += GROUPS) {
-        await(part, at, row);
+    Arrivals arrivals(part, at);
+    for (int first = 0; first < part.rows; first += GROUPS) {
+        int row = first + group();
+        arrivals.await(first);
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
-            if (column(i) >= part.width) continue;
+            if (row >= part.rows || column(i) >= part.width) continue;
             A x[VEC], f[VEC];
             read(xs, at.slice, row, i, x);
             read(fs, at.slice, row, i, f);
@@ -51,19 +53,15 @@ KERNEL(cluster_fwd, Args, THREADS, ITEMS == 1 && !WEIGHT ? 3 : 2) {
     sum_columns(jf, columns, at.slice);
     if (!args.given) sum_columns(jx, columns, at.slice);
 
-    A shift[ITEMS][VEC];
+    A shift[ITEMS][VEC], a_token = (A)1 / part.Ts;
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i)
 #pragma unroll
         for (int j = 0; j < VEC; ++j) {
-            jf[i][j] /= part.Ts;
-            jx[i][j] = args.given ? given[i][j] : jx[i][j] / part.Ts;
+            jf[i][j] *= a_token;
+            jx[i][j] = args.given ? given[i][j] : jx[i][j] * a_token;
             shift[i][j] = shift_of(alpha[i][j], beta[i][j], jx[i][j], jf[i][j]);
         }
-    i64 unit = part.unit * args.D;
-    write_columns(args.jf + unit, part, jf);
-    if (!args.given) write_columns(args.jx + unit, part, jx);
-
     // z of this thread's vector of a row
     auto merge = [&](int row, int i, A(&z)[VEC]) {
         A f[VEC];
@@ -86,12 +84,17 @@ KERNEL(cluster_fwd, Args, THREADS, ITEMS == 1 && !WEIGHT ? 3 : 2) {
         squares = sum_lanes<LANES>(squares);
         if (lane() == 0 && row < part.rows) sums[row] = squares;
     }
-    share_rows(part, sums, rstds, [&](int row, A sum, bool first) {
-        A rstd = reciprocal_root(sum / (A)args.D + (A)args.eps);
-        if (first) store_one(args.rstd + part.row0 + row, rstd);
-        return rstd;
-    });
+    A a_column = (A)1 / (A)args.D;
+    share_rows(part, sums, rstds,
+               [&](A sum) { return reciprocal_root(sum * a_column + (A)args.eps); });
 
+    i64 unit = part.unit * args.D;
+    write_columns(args.jf + unit, part, jf);
+    if (!args.given) write_columns(args.jx + unit, part, jx);
+    for (int i = tid(); i < part.rows_each(); i += THREADS) {
+        int row = part.rank * part.rows_each() + i;
+        if (row < part.rows) store_one(args.rstd + part.row0 + row, rstds[row]);
+    }
     A jy[ITEMS][VEC] = {};
     for (int row = group(); row < part.rows; row += GROUPS) {
         A rstd = rstds[row];
@@ -115,12 +118,12 @@ KERNEL(cluster_fwd, Args, THREADS, ITEMS == 1 && !WEIGHT ? 3 : 2) {
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i)
 #pragma unroll
-        for (int j = 0; j < VEC; ++j) jy[i][j] /= part.Ts;
+        for (int j = 0; j < VEC; ++j) jy[i][j] *= a_token;
     write_columns(args.jy + unit, part, jy);
 }
 
 #else
-KERNEL(cluster_bwd, Args, THREADS, 2) {
+KERNEL(cluster_bwd, Args, THREADS, THREADS > 256 ? 1 : 2) {
     Part part(args);
     Layout at(args);
     global<T> tensors[3] = {args.dy, args.x, args.f};
@@ -158,10 +161,11 @@ KERNEL(cluster_bwd, Args, THREADS, 2) {
         }
     };
     A sum_dz[ITEMS][VEC] = {}, sum_dzf[ITEMS][VEC] = {}, sum_dyn[ITEMS][VEC] = {};
+    Arrivals arrivals(part, at);
     for (int first = 0; first < part.rows; first += GROUPS) {
         int row = first + group();
         bool live = row < part.rows;
-        if (live) await(part, at, row);
+        arrivals.await(first);
         A product = 0;
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
@@ -180,7 +184,8 @@ KERNEL(cluster_bwd, Args, THREADS, 2) {
         product = sum_lanes<LANES>(product);
         if (lane() == 0 && live) sums[row] = product;
     }
-    share_rows(part, sums, means, [&](int, A sum, bool) { return sum / (A)args.D; });
+    A a_column = (A)1 / (A)args.D, a_token = (A)1 / part.Ts;
+    share_rows(part, sums, means, [&](A sum) { return sum * a_column; });
 
     auto dz_of = [&](int row, int i, A(&dz)[VEC], A(&f)[VEC]) {
         A n[VEC], rstd = rstds[row], mean = means[row];
@@ -216,7 +221,7 @@ KERNEL(cluster_bwd, Args, THREADS, 2) {
     for (int i = 0; i < ITEMS; ++i)
 #pragma unroll
         for (int j = 0; j < VEC; ++j) {
-            A jdz = sum_dz[i][j] / part.Ts;
+            A jdz = sum_dz[i][j] * a_token;
             to_dx[i][j] = -alpha[i][j] * jdz;
             to_df[i][j] = (alpha[i][j] - beta[i][j]) * jdz;
             sum_dz[i][j] *= jf[i][j] - jx[i][j];  // the part of dalpha

@@ -175,6 +175,10 @@ DEVICE void mbarrier_init(u64* barrier, u32 arrivals) {
 DEVICE void fence_mbarrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
+// Orders what this thread wrote into shared memory before what the copy engine does there.
+DEVICE void fence_proxy_async_shared_cta() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 DEVICE void mbarrier_arrive_expect_tx(u64* barrier, u32 bytes) {
     asm volatile(
         "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(cvta_to_shared(barrier)),

@@ -350,7 +350,7 @@ KERNEL(heads_fwd, Args, THREADS, WEIGHT ? 3 : 4) {
 }
 
 #if NORM
-KERNEL(heads_bwd, Args, THREADS, WEIGHT ? 2 : 4) {
+KERNEL(heads_bwd, Args, THREADS, WEIGHT ? 3 : 4) {
     i64 begin = (i64)ctaid() * args.tokens_per_block;
     i64 end = begin + args.tokens_per_block;
     end = end < args.tokens ? end : args.tokens;

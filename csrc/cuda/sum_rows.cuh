@@ -21,7 +21,7 @@ KERNEL(sum_rows, SumArgs, SUM_THREADS, 4) {
     global<A> from = args.partials + output * args.rows * args.width + d;
     A total = 0;
     if (live) {
-#pragma unroll 4
+#pragma unroll 16
         for (i64 row = group; row < args.rows; row += SUM_ROWS)
             total += load_one(from + row * args.width);
     }

@@ -166,6 +166,9 @@ class GPU:
                 "cuFuncSetAttribute", kernel.function, name, launch.shared, where=kernel.name
             )
             kernel.dynamic = launch.shared  # less would take back what an earlier launch needs
+        if launch.cluster:  # its blocks share an SM by their shared memory: no L1 beside it
+            name = names.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+            self._call("cuFuncSetAttribute", kernel.function, name, 100, where=kernel.name)
         if launch.cluster > PORTABLE_CLUSTER:
             name = names.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
             self._call("cuFuncSetAttribute", kernel.function, name, 1, where=kernel.name)

@@ -26,12 +26,12 @@ from mvsplit_ops._cuda.device import Launch, device_of
 from mvsplit_ops.triton_kernels._host import blocks, dense, power_of_two, require_merge
 
 MOST_SEGMENTS = 64  # as in mvsplit_rmsnorm.cu
-THREADS = 256
+THREADS = 256  # of a block; twice as many where no second block shares its SM
 BARRIERS = 64  # bytes of mbarriers before everything else
 MEANS_LANES = 8  # of sweep_means, each with a vector of columns
 # Tensors that a block keeps, and blocks that shall share an SM: while one loads, another computes,
 # and a third stores. The smallest cluster that leaves room for them is taken, for its blocks have
-# the longest rows. Registers allow as many (80 and 119 of sm_90a at the paper's shape). Not yet
+# the longest rows. Registers allow as many (80 and 118 of sm_90a at the paper's shape). Not yet
 # measured on a GPU.
 KEPT = {"forward": (2, 3), "backward": (3, 2)}
 CLUSTERS = (1, 2, 4, 8, 16)
@@ -40,43 +40,51 @@ COPIES = {"plain": 0, "async": 1, "bulk": 2}  # as in mvsplit_cluster.cuh
 # would issue 512 of them, one in eleven cycles of its share of the bandwidth, from uniform
 # registers, where 16 bytes a thread are 128 instructions of a warp. Not yet measured on a GPU.
 BULK_ROW = 512
-PORTABLE = 8  # blocks; of more a GPU is asked whether it holds them at all
 KERNELS = {"forward": "cluster_fwd", "backward": "cluster_bwd"}
 MOST_COLUMNS = 64  # bytes of a thread's accumulators a vector: more of them would spill
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """How a cluster of `blocks` blocks divides D; shared: bytes of a block; copy: COPIES."""
+    """How a cluster of `blocks` blocks of `threads` divides D.
+
+    slice  columns of a block;  shared  its bytes;  copy  one of COPIES
+    """
 
     blocks: int
     slice: int
     lanes: int
     items: int
+    threads: int
     shared: int
     copy: int
 
 
-def clusters(direction, Ts, D, width, itemsize, accumulator, limits):
+def clusters(direction, Ts, D, width, itemsize, accumulator, limits, weighted=False):
     """The Clusters that hold segments of at most Ts tokens, the best first; none: [].
 
     Best is the smallest of those that let KEPT's blocks share an SM, then the largest of the rest.
     """
     tensors, resident = KEPT[direction]
+    narrow = width == 1 or (weighted and direction == "backward")
+    most = MOST_COLUMNS // 2 if narrow else MOST_COLUMNS
     shared_well, others = [], []
     for count in (n for n in CLUSTERS if n <= limits.cluster):
         columns = ceil_div(D, width * count) * width
         vectors = columns // width
         lanes = min(32, max(8, power_of_two(vectors)))
         items = ceil_div(vectors, lanes)
-        shared = BARRIERS + tensors * (_align(Ts * columns * itemsize) + _align(Ts * accumulator))
-        shared += THREADS // 32 * columns * accumulator
-        if items * width * accumulator > MOST_COLUMNS or shared > limits.shared:
+        kept = BARRIERS + tensors * (_align(Ts * columns * itemsize) + _align(Ts * accumulator))
+        threads, sums = THREADS, THREADS // 32 * columns * accumulator
+        if 2 * (kept + sums + 1024) > limits.shared_sm >= kept + 2 * sums + 1024:
+            threads, sums = 2 * THREADS, 2 * sums
+        shared = kept + sums
+        if items * width * accumulator > most or shared > limits.shared:
             continue
         copy = "plain" if width * itemsize < 16 else "async"
         if copy == "async" and columns * itemsize >= BULK_ROW:
             copy = "bulk"
-        plan = Clusters(count, columns, lanes, items, shared, COPIES[copy])
+        plan = Clusters(count, columns, lanes, items, threads, shared, COPIES[copy])
         fits = (shared + 1024) * resident <= limits.shared_sm  # CUDA keeps 1 KB a block
         (shared_well if fits else others).append(plan)
     return shared_well + others[::-1]
@@ -94,7 +102,7 @@ def mvsplit_rmsnorm_fwd(x, f, alpha, beta, weight, jx, segments, eps, carry):
     jx = new_statistics(x, *(0,) if given is not None else (B, S, D))
     jf = new_statistics(x, B, S, D)
     jy = new_statistics(x, *(B, S, D) if carry else (0,))
-    call = _Call("forward", (x, f, y), (alpha, beta, weight), segments, rstd, carry)
+    call = _Call("forward", (x, f, y, given), (alpha, beta, weight), segments, rstd, carry)
     means = None if given is not None else jx, jf, given, jy if carry else None
     tensors = x, f, None, y, None, rstd, *means
     if call.plan:
@@ -117,7 +125,8 @@ def mvsplit_rmsnorm_bwd(dy, kept, f, alpha, beta, weight, rstd, jx, jf, segments
     dy, kept, f, rstd, jx, jf = dense(dy, kept, f, rstd, jx, jf)
     alpha, beta, weight = dense(alpha, beta, weight)
     dx, df = new(dy, dy.shape), new(dy, dy.shape)
-    call = _Call("backward", (dy, kept, f, dx, df), (alpha, beta, weight), segments, rstd)
+    tensors = dy, kept, f, dx, df, jx, jf
+    call = _Call("backward", tensors, (alpha, beta, weight), segments, rstd)
     parts = new_statistics(dy, params, B * S, D)
     tensors = kept, f, dy, dx, df, rstd, jx, jf, None, None
     if call.plan:
@@ -147,14 +156,14 @@ class _Call:
             self.device, direction, x.dtype, self.segments, self.D, width, self.weighted, carry
         )
         if self.rows:
-            self.share = rows.rows_per_block(self.B * self.T)
+            self.share = rows.rows_per_block(direction, self.B * self.T)
             self.blocks = blocks(segments, self.share)
 
     def by_cluster(self, direction, tensors, eps):
         """Clusters of the longest segment first: short ones fill what is left at the end."""
         plan = self.plan
         grid = self.B * len(self.segments) * plan.blocks
-        launch = Launch(KERNELS[direction], grid, THREADS, plan.blocks, plan.shared)
+        launch = Launch(KERNELS[direction], grid, plan.threads, plan.blocks, plan.shared)
         numbers = plan.slice, max(self.segments)
         self._launch(launch, tensors, numbers, eps, _table(self.segments, longest_first=True))
 
@@ -190,12 +199,12 @@ def _plan(device, direction, dtype, segments, D, width, weighted, carry):
     accumulator = 8 if dtype == torch.float64 else 4
     flags = {"WEIGHT": int(weighted), "CARRY": int(carry)}
     sizes = width, dtype.itemsize, accumulator
-    for plan in clusters(direction, max(segments), D, *sizes, device.limits):
-        layout = {"VEC": width, "LANES": plan.lanes, "ITEMS": plan.items, "THREADS": THREADS}
+    for plan in clusters(direction, max(segments), D, *sizes, device.limits, weighted):
+        layout = {"VEC": width, "LANES": plan.lanes, "ITEMS": plan.items, "THREADS": plan.threads}
         layout |= {"BACKWARD": int(direction == "backward"), "COPY": plan.copy}
         made = program("mvsplit_rmsnorm", dtype, CLUSTER=1, **layout, **flags)
-        one = Launch(KERNELS[direction], plan.blocks, THREADS, plan.blocks, plan.shared)
-        if plan.blocks <= PORTABLE or device.holds(made, one):
+        one = Launch(KERNELS[direction], plan.blocks, plan.threads, plan.blocks, plan.shared)
+        if device.holds(made, one):  # a slice of a GPU may not, nor a small one 16 blocks
             return made, plan, None
     layout = rows.layout(direction, D, accumulator, width)
     flags["BRANCH"] = int(weighted)

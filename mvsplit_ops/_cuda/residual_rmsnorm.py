@@ -47,7 +47,7 @@ class _Call:
         self.N, self.accumulator = B * T, rstd.element_size()
         width = vector((*tensors, scale, weight), self.D)
         self.rows = rows.layout(direction, self.D, self.accumulator, width)
-        self.share = rows.rows_per_block(self.N)
+        self.share = rows.rows_per_block(direction, self.N)
         self.blocks = ceil_div(self.N, self.share)
         flags = {"SCALE": scale is not None, "WEIGHT": weight is not None, "BRANCH": f is not None}
         flags = {name: int(flag) for name, flag in flags.items()}

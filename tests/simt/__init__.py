@@ -66,7 +66,8 @@ class Emulator:
         library = _library(program, self.limits.architecture, self.folder)
         entry = getattr(library, launch.kernel)
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
-        engine.simt_begin()
+        if not engine.simt_begin():
+            raise Fault("no terabyte of addresses to lay tensors apart; see ulimit -v")
         places = {}
         for t in tensors:
             places[id(t)] = engine.simt_place(t.data_ptr(), _span(t))

@@ -86,7 +86,8 @@ const void* arguments;
 
 char* reserve(u64 bytes) {
     int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-    return (char*)mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
+    void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
+    return p == MAP_FAILED ? nullptr : (char*)p;
 }
 
 char* shared_of_rank(u32 rank) { return shared_memory + (u64)rank * BLOCK_SHARED; }
@@ -352,13 +353,15 @@ using namespace simt;
 
 extern "C" {
 
-void simt_begin() {
-    if (!tensor_memory) {
+// 0: the addresses, of which little is ever touched, cannot be had.
+int simt_begin() {
+    if (!stacks) {
         tensor_memory = reserve(SLOT * SLOTS);
         shared_memory = reserve((u64)BLOCK_SHARED * RANKS);
         stacks = reserve(RANKS * 1024 * STACK);
     }
     tensors.clear();
+    return tensor_memory && shared_memory && stacks;
 }
 
 // A slot for `bytes`, as far from a 256-byte boundary as `from`; 0: there is none.

@@ -126,6 +126,7 @@ DEVICE void st_shared_cluster_b64(u32 at, u64 v) {
 }
 DEVICE void mbarrier_init(u64* barrier, u32 arrivals) { simt::mbarrier_init(barrier, arrivals); }
 DEVICE void fence_mbarrier_init() {}
+DEVICE void fence_proxy_async_shared_cta() {}
 DEVICE void mbarrier_arrive_expect_tx(u64* barrier, u32 bytes) {
     simt::mbarrier_arrive(barrier, bytes);
 }
