@@ -97,7 +97,7 @@ def test_clusters_and_shared_memory_are_asked_for(driven):
     given = [(x["attribute"], int(x["shared"]) >> 10) for x in launches(result)]
     # Attribute 4 of a launch: the cluster.
     assert given == [("4:8,1,1", 48), ("4:16,1,1", 200), ("4:4,1,1", 100), ("4:2,1,1", 201)]
-    # Of a function: 8 is shared memory, which never shrinks, 9 the share of it that L1 has to leave,
+    # Of a function: 8 is shared memory, which never shrinks, 9 the share of it that L1 must leave,
     # 14 clusters of more than 8 blocks.
     assert calls(result, "cuFuncSetAttribute") == [
         *("swiglu_bwd 9 100",),

@@ -1,8 +1,8 @@
-// A segment of (B, T, D) tensors spread over a thread-block cluster: what mvsplit_cluster.cuh's kernels
-// do apart from their arithmetic. A block has a slice of the columns, for all rows of the segment.
+// A segment of (B, T, D) tensors spread over a thread-block cluster: what mvsplit_cluster.cuh's
+// kernels do apart from their arithmetic. A block has a slice of the columns, of all its rows.
 //
 //   Part, Layout    what a block works on, and where it lies in shared memory
-//   fetch, Arrivals rows into shared memory, all in flight at once
+//   fetch           rows into shared memory, all in flight at once; Arrivals waits for them
 //   put, take       a parameter or a mean, read from global memory once a block
 //   sum_columns     sums over rows: of the block, in a fixed order
 //   share_rows      sums over columns: of the cluster, a scalar a row, in a fixed order
@@ -19,7 +19,7 @@
 #define COPY 0
 #endif
 constexpr int GROUPS = THREADS / LANES, WARPS = THREADS / 32, CHUNKS = 4;
-constexpr int PLAIN = 0, ASYNC = 1, BULK = 2;  // COPY
+constexpr int PLAIN = 0, ASYNC = 1, BULK = 2;  // what COPY says, see fetch
 static_assert(COPY == PLAIN || VEC * sizeof(T) == 16, "");
 
 struct Args {
@@ -56,7 +56,7 @@ struct Part {
 
 DEVICE int align(int bytes) { return (bytes + 15) / 16 * 16; }
 
-// Where things lie in shared memory; the launcher computes the same size (cluster_shared).
+// Where things lie in shared memory; clusters() in _cuda/mvsplit_rmsnorm.py computes the same size.
 struct Layout {
     char* base;
     int slice, rows, tensor, statistic;

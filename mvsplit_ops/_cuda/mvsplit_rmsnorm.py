@@ -35,13 +35,15 @@ MEANS_LANES = 8  # of sweep_means, each with a vector of columns
 # measured on a GPU.
 KEPT = {"forward": (2, 3), "backward": (3, 2)}
 CLUSTERS = (1, 2, 4, 8, 16)
-COPIES = {"plain": 0, "async": 1, "bulk": 2}  # as in mvsplit_cluster.cuh
+COPIES = {"plain": 0, "async": 1, "bulk": 2}  # as in cluster.cuh
 # Bytes of a block's rows from which on a bulk copy brings each. At the paper's 128 bytes a block
 # would issue 512 of them, one in eleven cycles of its share of the bandwidth, from uniform
 # registers, where 16 bytes a thread are 128 instructions of a warp. Not yet measured on a GPU.
 BULK_ROW = 512
 KERNELS = {"forward": "cluster_fwd", "backward": "cluster_bwd"}
-MOST_COLUMNS = 64  # bytes of a thread's accumulators a vector: more of them would spill
+# Bytes that a thread may keep of each sum or mean of its columns: more would spill; backward with a
+# weight, or element by element, more than half of it would.
+MOST_COLUMNS = 64
 
 
 @dataclass(frozen=True)
