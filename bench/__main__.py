@@ -16,13 +16,7 @@ from bench.profile import measure
 from model.__main__ import positive
 from model.config import CONTENDERS, PRESETS, parse_overrides
 from mvsplit_ops import _backends
-
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "fp64": torch.float64,
-}
+from mvsplit_ops.__main__ import DTYPES
 
 
 def token_counts(text):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import simt
+from bench.traffic import Traffic
 from mvsplit_ops._cuda.device import Launch, Program, pack
 from mvsplit_ops._cuda.heads import rope_fwd
 from mvsplit_ops._cuda.swiglu import swiglu_fwd
@@ -44,7 +45,7 @@ COPY = "float v = load_one(args.in + tid()); store_one(args.out + tid(), v * 2);
 
 def test_a_kernel_runs_and_its_bytes_are_counted(run):
     assert torch.equal(run(COPY), torch.arange(64.0) * 2)
-    assert run.traffic == simt.Traffic(read=2 * 64 * 4, written=2 * 64 * 4, launches=2)
+    assert run.traffic == Traffic(read=2 * 64 * 4, written=2 * 64 * 4, launches=2)
 
 
 def test_shuffles_reach_every_lane(run):

@@ -25,13 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mvsplit_ops.triton_kernels._common import (
-    column_sum,
-    launch,
-    missing,
-    new_statistics,
-    wide,
-)
+from mvsplit_ops.triton_kernels._common import column_sum, launch, missing, new_statistics, wide
 from mvsplit_ops.triton_kernels._host import (
     blocks,
     ceil_div,

@@ -62,11 +62,11 @@ DEVICE void stage_shift(const Args& args, i64 unit, A* to, int D) {
 KERNEL(sweep_units, Args, 256, 4) {
     constexpr int COLUMNS = 32, TOGETHER = 256 / COLUMNS;
     i64 slices = ceil_div<i64>(args.D, COLUMNS);
-    i64 cluster = ctaid() / slices, b = cluster / args.S;
+    i64 pair = ctaid() / slices, b = pair / args.S;  // (sample, segment)
     i64 first = b * args.blocks;
-    for (int s = 0; s < cluster % args.S; ++s)
+    for (int s = 0; s < pair % args.S; ++s)
         first += ceil_div<i64>(args.segments[s].end - args.segments[s].begin, args.share);
-    Segment segment = args.segments[cluster % args.S];
+    Segment segment = args.segments[pair % args.S];
     A Ts = segment.end - segment.begin;
     i64 count = ceil_div<i64>(segment.end - segment.begin, args.share);
     i64 d = ctaid() % slices * COLUMNS + tid() % COLUMNS;
@@ -100,8 +100,8 @@ KERNEL(sweep_units, Args, 256, 4) {
 KERNEL(sweep_means, Args, 256, 3) {
     constexpr int COLUMN_LANES = 8, TOGETHER = 256 / COLUMN_LANES;
     i64 slices = ceil_div<i64>(args.D, COLUMN_LANES * VEC);
-    i64 cluster = ctaid() / slices, b = cluster / args.S;
-    Segment segment = args.segments[cluster % args.S];
+    i64 pair = ctaid() / slices, b = pair / args.S;  // (sample, segment)
+    Segment segment = args.segments[pair % args.S];
     int my_lane = tid() % COLUMN_LANES, my_group = tid() / COLUMN_LANES;
     i64 d = (ctaid() % slices * COLUMN_LANES + my_lane) * VEC;
     bool live = d < args.D;

@@ -113,7 +113,8 @@ def mvsplit_rmsnorm_fwd(x, f, alpha, beta, weight, jx, segments, eps, carry):
     shift = new_statistics(x, B, S, D)
     partials = new_statistics(x, 1, B * call.blocks, D) if carry else None
     tensors = *tensors, shift, None, None, partials, None
-    call.by_columns("sweep_means", MEANS_LANES * call.rows.width, tensors, eps)
+    width = call.rows.width
+    call.by_columns("sweep_means", MEANS_LANES * width, tensors, eps, values=2 * width)
     call.by_rows("sweep_apply", 2 + call.weighted, tensors, eps, sums=carry)
     if carry:
         call.by_columns("sweep_units", SUM_ROWS["columns"], tensors, eps)
@@ -176,10 +177,9 @@ class _Call:
         launch = Launch(kernel, self.B * self.blocks, self.rows.threads, shared=shared)
         self._launch(launch, tensors, (self.share, self.blocks), eps, _table(self.segments))
 
-    def by_columns(self, kernel, columns, tensors, eps):
-        """A block for so many columns of a segment; shared memory for each thread's sums."""
+    def by_columns(self, kernel, columns, tensors, eps, values=1):
+        """A block for so many columns of a segment; shared memory for each thread's `values`."""
         grid = self.B * len(self.segments) * ceil_div(self.D, columns)
-        values = 2 * self.rows.width if kernel == "sweep_means" else 1
         launch = Launch(kernel, grid, THREADS, shared=THREADS * values * self.accumulator)
         self._launch(launch, tensors, (self.share, self.blocks), eps, _table(self.segments))
 

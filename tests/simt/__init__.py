@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from bench.traffic import Traffic
 from mvsplit_ops import _backends
 from mvsplit_ops._cuda import device
 from mvsplit_ops._cuda.device import LIMITS, Limits
@@ -35,13 +36,6 @@ HOPPER, AMPERE = LIMITS["sm_90a"], LIMITS["sm_80"]
 
 class Fault(RuntimeError):
     """A kernel did what a GPU would not forgive."""
-
-
-@dataclass
-class Traffic:
-    read: int = 0
-    written: int = 0
-    launches: int = 0
 
 
 @dataclass(eq=False)
