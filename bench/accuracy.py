@@ -42,6 +42,27 @@ def cotangent(t, generator):
     return values.to(t.device, t.dtype)
 
 
+def cotangents_of(function, activations, constants, kwargs, seed=1):
+    """A cotangent for each result of a call."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    with torch.no_grad():
+        return [cotangent(t, generator) for t in function(activations, constants, kwargs)]
+
+
+def forward_backward(function, activations, constants, kwargs):
+    """(forward, backward) of an implementation on its inputs: what is timed, and checked first."""
+    leaves = [t.detach().requires_grad_() for t in activations]
+    cotangents = cotangents_of(function, activations, constants, kwargs)
+
+    def forward():
+        return function(leaves, constants, kwargs)
+
+    def backward(outputs):
+        return torch.autograd.grad(outputs, leaves, cotangents)
+
+    return forward, backward
+
+
 def double(inputs):
     """The same inputs in float64: what the oracle is given."""
     activations, constants, kwargs = inputs

@@ -5,17 +5,17 @@ eager PyTorch, torch.compile and the fused operator, and how near the fused one 
 bandwidth.
 """
 
-import datetime
-import platform
-import subprocess
+import functools
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
-from bench.accuracy import cotangent, require_case
+from bench import options as opt
+from bench import ranges, records, workload
+from bench.accuracy import forward_backward, require_case
 from bench.cases import PROFILE, calls_per_step
-from bench.timing import Timer, copy_bandwidth, interleaved
+from bench.machine import copy_bandwidth, describe_machine, describe_run
+from bench.timing import Timer, interleaved
 from model.heap import keep_freed_memory
 from mvsplit_ops import _backends
 
@@ -125,7 +125,7 @@ def _measure_case(case, shape, blocks, repeats, backend, steps, progress):
     for name, function in functions.items():
         require_case(case, name, function, inputs)
     progress(f"{case.title}: timing", steps)
-    calls = {name: _forward_backward(f, *inputs) for name, f in functions.items()}
+    calls = {name: forward_backward(f, *inputs) for name, f in functions.items()}
     forward_calls, backward_calls = calls_per_step(case, blocks)
     return Row(
         op=case.op,
@@ -138,20 +138,6 @@ def _measure_case(case, shape, blocks, repeats, backend, steps, progress):
     )
 
 
-def _forward_backward(function, activations, constants, kwargs):
-    leaves = [t.detach().requires_grad_() for t in activations]
-    generator = torch.Generator().manual_seed(1)
-    cotangents = [cotangent(t, generator) for t in function(leaves, constants, kwargs)]
-
-    def forward():
-        return function(leaves, constants, kwargs)
-
-    def backward(outputs):
-        return torch.autograd.grad(outputs, leaves, cotangents)
-
-    return forward, backward
-
-
 def _describe_run(shape, blocks, repeats, backend):
     return {
         **describe_run(shape),
@@ -162,48 +148,67 @@ def _describe_run(shape, blocks, repeats, backend):
     }
 
 
-def describe_run(shape=None):
-    """What every record says of its run."""
-    run = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    if shape is not None:
-        run["shape"] = {**asdict(shape), "dtype": str(shape.dtype).removeprefix("torch.")}
-    return run
+def options(p):
+    opt.add_shape(p)
+    opt.add_device(p)
+    p.add_argument(
+        "--blocks", type=opt.positive, help="blocks, 3/4 of them recomputed (default: 400)"
+    )
+    p.add_argument("--backend", choices=_backends.BACKENDS, help="fused column (default: device's)")
+    p.add_argument(
+        "--repeats", type=opt.positive, help="timed calls of each (default: 30), steps (5)"
+    )
+    opt.add_json(p)
+    loop = p.add_argument_group(
+        "in the loop",
+        "With --in-loop the operators are measured within whole training steps, eager and fused in "
+        "turn. The model says which tokens and dtype; --blocks and --batch change the preset's.",
+    )
+    loop.add_argument("--in-loop", action="store_true", help="measure within training steps")
+    workload.add_preset(loop)
+    ranges.add_options(loop)
+    p.set_defaults(**dict.fromkeys(OF_CALLS))  # so that what was asked for can be told
 
 
-def describe_machine(device, backend):
-    cuda = torch.device(device).type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "instruction_set": None if cuda else _instruction_set(backend),
-    }
+OF_CALLS, OF_STEPS = ("batch", "tokens", "dtype"), ("preset", "set", "trace", "nvtx")
 
 
-def _instruction_set(backend):
-    if backend != "cpu":
-        return None
-    from mvsplit_ops import _C
-
-    return _C.capability()
-
-
-def _cpu_name():
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+def command(args):
+    opt.writable(args.json)
+    opt.writable(args.trace, "--trace")
+    _fit_together(args)
+    device = opt.device(args)
+    with opt.progress("profile") as progress:
+        result, table = (_in_loop if args.in_loop else _one_by_one)(args, device, progress)
+    if args.json:
+        records.append(result.to_json(), args.json)
+    table(opt.console())
 
 
-def _commit():
-    here = Path(__file__).parent
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+def _fit_together(args):
+    """ValueError where an option is of the other way to measure."""
+    for name in ("tokens", "dtype") if args.in_loop else OF_STEPS:
+        if getattr(args, name):
+            remedy = "the model's: change it with --set" if args.in_loop else "add --in-loop"
+            raise ValueError(f"--{name} {'is ' if args.in_loop else 'is of steps: '}{remedy}")
+
+
+def _one_by_one(args, device, progress):
+    from bench import report
+
+    shape = opt.shape(args, device)
+    result = measure(shape, args.blocks or 400, args.repeats or 30, args.backend, progress)
+    return result, functools.partial(report.print_table, result)
+
+
+def _in_loop(args, device, progress):
+    from bench import inloop
+
+    name, overrides = workload.configuration(args, device)
+    overrides = {"checkpointing": "3/4", **overrides}
+    fused = [args.backend] if args.backend else workload.fused_by_default(device)
+    names = workload.implementations([workload.EAGER, *fused], device)
+    result = inloop.measure(
+        name, overrides, names, args.repeats or 5, args.trace, args.nvtx, progress
+    )
+    return result, lambda console: console.print(inloop.table(result))
