@@ -1,11 +1,14 @@
-"""What the compiler makes of the Triton kernels, for a GPU that need not be here.
+"""What the compilers make of the GPU kernels, for a GPU that need not be here.
 
 Each operator's launchers run on tensors without memory; each launch is compiled for an architecture
-and its machine code read: registers, spilled bytes, the widths of loads and stores.
+and its machine code read: registers, spilled bytes, shared memory, the widths of loads and stores.
 """
 
 import contextlib
+import functools
+import importlib.util
 import re
+import shutil
 import subprocess
 import tempfile
 import time
@@ -17,55 +20,82 @@ import torch
 
 from bench.accuracy import results_and_gradients
 from bench.cases import CASES
+from bench.occupancy import RESERVED, WARP, limits
 from bench.traffic import Recorder, op_and_direction
-from mvsplit_ops import _backends
+from mvsplit_ops import _backends, _cuda
+from mvsplit_ops._cuda import catalogue, compile
 
 ARCHITECTURES = (80, 90, 100)
-KNOWN_ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # those that Triton 3.5 compiles for
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel as compiled for an architecture.
+    """One kernel as compiled for an architecture, and as a call launches it.
 
     call                the operator and its direction, e.g. "swiglu fwd"
-    registers, spilled  of a thread; spilled and shared in bytes
-    loads, stores       {bits of one access: how many are in the code}
-    barriers            of the whole block, in the code
+    threads             of a block;  cluster  blocks of a cluster, 1 where there are none
+    registers, spilled  of a thread; spilled and shared (of a block, static and dynamic) in bytes
+    loads, stores       of global memory: {bits of one access: how many are in the code}; the code
+                        is PTX with triton, machine code with cuda
+    bulk                copies of any length from global to shared memory, in the code
+    seconds             of the compiler; a program of several CUDA kernels has one time
     """
 
     call: str
+    backend: str
     name: str
     architecture: int
-    warps: int
+    threads: int
     registers: int
     spilled: int
     shared: int
+    cluster: int
     loads: dict[int, int]
     stores: dict[int, int]
-    barriers: int
+    bulk: int
     seconds: float
 
 
-def measure(shape, architectures=ARCHITECTURES, progress=lambda what, of: None, cases=CASES):
-    """Every kernel of every operator at a shape, on every architecture.
+def measure(
+    shape,
+    backends,
+    architectures=ARCHITECTURES,
+    progress=lambda what, of: None,
+    cases=CASES,
+):
+    """Every kernel of every operator at a shape, on backends "triton" and "cuda".
 
-    RuntimeError: Triton is missing, or interprets its kernels in this process.
+    RuntimeError: a backend cannot be compiled here; see `missing`.
     """
     calls = [(case.op, *call) for case in cases for call in launches_of(case, shape)]
-    kernels = {}
-    for architecture in architectures:
-        for case_op, kernel_op, args in calls:
-            op, direction = op_and_direction(kernel_op)
-            call = f"{case_op} {direction}"
-            progress(f"{call}, sm_{architecture}", len(architectures) * len(calls))
-            launch = _backends.kernel("triton", op, f"_{direction}", "cuda")
-            with compiling(architecture) as compiled:
-                launch(*args)
-            for kernel, seconds in compiled:
-                if kernel.hash not in kernels:
-                    kernels[kernel.hash] = _read(call, architecture, kernel, seconds)
-    return list(kernels.values())
+    steps = len(backends) * len(architectures) * len(calls)
+    kernels, found = {}, {}
+    for backend in backends:
+        for architecture in architectures:
+            for case_op, kernel_op, args in calls:
+                op, direction = op_and_direction(kernel_op)
+                call = f"{case_op} {direction}"
+                progress(f"{call}, {backend}, sm_{architecture}", steps)
+                compiled = BACKENDS[backend](call, architecture, op, direction, args)
+                for key, kernel in compiled.items():
+                    key = backend, architecture, key
+                    first = kernels.setdefault(key, kernel)  # later ones come from Triton's cache
+                    found.setdefault((call, *key), replace(first, call=call))
+    return list(found.values())
+
+
+def missing(backend, architectures=ARCHITECTURES):
+    """Why a backend's kernels cannot be compiled here; None when they can."""
+    if backend == "triton":
+        return _backends.missing("triton", _backends.OPS[0], "cuda") or _interpreting()
+    try:
+        for tool in ("cuobjdump", "nvdisasm"):
+            _path(tool)
+        for architecture in architectures:
+            compiler().require(limits(architecture).architecture)
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 def launches_of(case, shape):
@@ -76,6 +106,63 @@ def launches_of(case, shape):
     return [(kernel_op, args[:-1]) for kernel_op, args, _ in recorder.calls]
 
 
+def compiler():
+    """NVRTC, else nvcc. RuntimeError: neither is here."""
+    try:
+        return compile.nvrtc()
+    except RuntimeError as error:
+        if shutil.which("nvcc") is None:
+            raise RuntimeError(f"{error}; or put nvcc on the PATH") from error
+    return compile.nvcc()
+
+
+def _compile_cuda(call, architecture, op, direction, args):
+    """{launch: Kernel} of a kernel op."""
+    with catalogue.recording(limits(architecture).architecture) as recorder:
+        getattr(_cuda, f"{op}_{direction}")(*args)
+    return {
+        (program, replace(launch, grid=0)): _read_cuda(call, architecture, program, launch)
+        for program, launch in recorder.launches
+    }
+
+
+def _read_cuda(call, architecture, program, launch):
+    usage, code, seconds = _compiled(program, limits(architecture).architecture)
+    usage, code = usage[launch.kernel], code[launch.kernel]
+    return Kernel(
+        call=call,
+        backend="cuda",
+        name=launch.kernel,
+        architecture=architecture,
+        threads=launch.block,
+        registers=usage["REG"],
+        spilled=usage["STACK"] + usage["LOCAL"],
+        shared=static_shared(usage, architecture) + launch.shared,
+        cluster=max(launch.cluster, 1),
+        loads=sass_widths(code, "LD"),
+        stores=sass_widths(code, "ST"),
+        bulk=bulk_copies(code),
+        seconds=seconds,
+    )
+
+
+@functools.cache
+def _compiled(program, architecture):
+    """(resources, machine code, seconds) of a Program: compiled now, whatever is kept on disk."""
+    start = time.perf_counter()
+    cubin = compiler().compile(program, architecture)
+    seconds = time.perf_counter() - start
+    return resources(cubin), sass(cubin), seconds
+
+
+def _interpreting():
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return "Triton interprets its kernels here; unset TRITON_INTERPRET to compile"
+    return None
+
+
 @contextlib.contextmanager
 def compiling(architecture):
     """Within the block, Triton kernels are compiled and not launched: (compiled, seconds) each."""
@@ -84,8 +171,9 @@ def compiling(architecture):
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    if triton.knobs.runtime.interpret:
-        raise RuntimeError("Triton interprets its kernels here; unset TRITON_INTERPRET to compile")
+    reason = _interpreting()
+    if reason:
+        raise RuntimeError(reason)
 
     class Absent:
         """The driver of a GPU that is not here."""
@@ -118,31 +206,54 @@ def compiling(architecture):
         JITFunction.run, triton.knobs.compilation.always_compile = run, always
 
 
-def _read(call, architecture, kernel, seconds):
+def _compile_triton(call, architecture, op, direction, args):
+    """{hash: Kernel} of a kernel op."""
+    launch = _backends.kernel("triton", op, f"_{direction}", "cuda")
+    with compiling(architecture) as compiled:
+        launch(*args)
+    found = {}
+    for kernel, seconds in compiled:
+        found.setdefault(kernel.hash, _read_triton(call, architecture, kernel, seconds))
+    return found
+
+
+def _read_triton(call, architecture, kernel, seconds):
     (usage,), ptx = resources(kernel.asm["cubin"]).values(), kernel.asm["ptx"]
     return Kernel(
         call=call,
+        backend="triton",
         name=kernel.metadata.name,
         architecture=architecture,
-        warps=kernel.metadata.num_warps,
+        threads=kernel.metadata.num_warps * WARP,
         registers=usage["REG"],
         spilled=usage["STACK"] + usage["LOCAL"],
-        shared=kernel.metadata.shared,
+        shared=static_shared(usage, architecture) + kernel.metadata.shared,
+        cluster=kernel.metadata.num_ctas,
         loads=widths(ptx, "ld"),
         stores=widths(ptx, "st"),
-        barriers=ptx.count("bar.sync"),
+        bulk=bulk_copies(ptx),
         seconds=seconds,
     )
 
 
+BACKENDS = {"triton": _compile_triton, "cuda": _compile_cuda}
+
+
+@functools.cache  # several calls share a kernel
 def resources(cubin):
-    """{kernel: {"REG": .., "STACK": .., "LOCAL": ..}} of a cubin."""
+    """{kernel: {"REG": .., "STACK": .., "SHARED": .., "LOCAL": ..}} of a cubin."""
     text = _tool("cuobjdump", "--dump-resource-usage", cubin)
     found = re.findall(r"Function (\w+):\s*(.*)", text)
     return {
-        name: {k: int(n) for k, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", line)}
+        name: {k: int(n) for k, n in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", line)}
         for name, line in found
     }
+
+
+def static_shared(usage, architecture):
+    """Bytes of shared memory that a kernel declares itself."""
+    # From compute capability 9.0 on a cubin counts what CUDA reserves, if the kernel has any.
+    return max(usage["SHARED"] - (RESERVED if architecture >= 90 else 0), 0)
 
 
 def sass(cubin):
@@ -152,15 +263,25 @@ def sass(cubin):
 
 
 def _tool(name, option, cubin):
-    """What a tool that comes with Triton prints of a cubin."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    """What a tool of a CUDA toolkit prints of a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([str(tool), option, file.name], capture_output=True, check=True)
+        done = subprocess.run([_path(name), option, file.name], capture_output=True, check=True)
     return done.stdout.decode(errors="replace")
+
+
+def _path(tool):
+    """Where a tool that reads cubins is: it comes with Triton, and with a CUDA toolkit."""
+    triton = importlib.util.find_spec("triton")
+    beside = Path(triton.origin).parent / "backends/nvidia/bin" / tool if triton else None
+    found = str(beside) if beside and beside.exists() else shutil.which(tool)
+    if found is None:
+        raise RuntimeError(
+            f"{tool}, which reads machine code, is neither in Triton nor on the PATH; "
+            "run pip install 'mvsplit-ops[triton]', or add the bin folder of a CUDA toolkit"
+        )
+    return found
 
 
 def widths(ptx, kind):
@@ -173,3 +294,16 @@ def _bits(modifiers):
     vector = re.search(r"\.v(\d+)", modifiers)
     element = re.search(r"\.[bufs](\d+)", modifiers)
     return int(element[1]) * (int(vector[1]) if vector else 1)
+
+
+def sass_widths(code, kind):
+    """{bits: count} of the global accesses of a kind, "LD" or "ST", in machine code."""
+    names = {"LD": "LDG|LDGSTS", "ST": "STG"}[kind]
+    found = re.findall(rf"\b(?:{names})\b((?:\.\w+)*)", code)
+    bits = (re.findall(r"\.[US]?(\d+)\b", modifiers) or ["32"] for modifiers in found)
+    return dict(Counter(int(numbers[-1]) for numbers in bits))
+
+
+def bulk_copies(code):
+    """Copies of any length from global to shared memory, in machine code or PTX."""
+    return len(re.findall(r"\bUBLKCP\.S\.G|\bcp\.async\.bulk\.shared\S*\.global", code))
