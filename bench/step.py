@@ -1,26 +1,54 @@
-"""Whole optimizer steps of model/: residuals and backends, taking turns in one process."""
+"""Whole optimizer steps of model/: how long they take, and what the time goes to.
 
-from dataclasses import asdict, dataclass
+Implementations (eager, torch.compile, the backends), residuals and checkpointing policies take
+turns in one process, on one model. Then one step of each is profiled, and its time split up.
+"""
 
-import mvsplit_ops as mv
-from bench import tables
-from bench.profile import describe_machine, describe_run
+import contextlib
+import statistics
+import time
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch.autograd import DeviceType
+
+from bench import options as opt
+from bench import ranges, records, tables, workload
+from bench.machine import describe_machine, describe_run, matmul_rate
+from bench.ranges import Range, labelled, nvtx, record_function, spans
 from bench.timing import Timer, interleaved
-from model.config import CONTENDERS, preset
-from model.data import open_dataset
-from model.dit import build
-from model.optim import make_optimizer
-from model.step import draw_batch, gradient_norm, gradients, prepare, update
+from bench.workload import COMPILE, COMPILED, EAGER, Workload, compiles
+from model.config import CONTENDERS, RESIDUALS, preset
+from model.plan import POLICIES, LiveBytes, plan
+from mvsplit_ops import _backends
+
+PARTS = (
+    *("matrix products", "attention", "operators", "other pointwise", "optimizer"),
+    *("communication", "launch gaps"),
+)
+UPDATE = Range("optimizer", "fwd", None)
 
 
 @dataclass(frozen=True)
 class Row:
-    """Medians of one residual on one backend, in seconds."""
+    """One residual in one implementation under one policy; seconds are medians of a step.
+
+    breakdown   {part of a step: seconds}, of one profiled step; their sum is `profiled`
+    flops       of the model's matrix products and attention, without those computed again
+    peak_bytes  of tensors: on a GPU what PyTorch took; None where it cannot be told
+    """
 
     residual: str
-    backend: str
+    implementation: str
+    checkpointing: str
+    loader: float  # drawing the batch, which a run does while a step runs
     gradients: float  # forward and backward
     update: float  # the gradient norm, clipping and AdamW
+    breakdown: dict[str, float]
+    profiled: float
+    tokens_per_second: float
+    flops: int
+    peak_bytes: int | None
 
     @property
     def step(self):
@@ -30,7 +58,7 @@ class Row:
 @dataclass(frozen=True)
 class Steps:
     run: dict
-    rows: list
+    rows: list[Row]
 
     def to_json(self):
         return {"kind": "step", **asdict(self)}
@@ -40,68 +68,279 @@ class Steps:
         return cls(record["run"], [Row(**row) for row in record["rows"]])
 
 
-def measure(name, overrides, residuals, backends, repeats, progress=lambda what, of: None):
-    """Time steps of preset `name`; the batch is drawn before and not in the time.
+def measure(name, overrides, variants, repeats, traced=None, marked=False, progress=None):
+    """Time steps of preset `name`: variants are (residual, implementation, checkpointing).
 
-    RuntimeError: a backend cannot run here.
+    The batch is drawn before and is not in the time. traced: a file for a Chrome trace of the last
+    variant's profiled step; marked: NVTX ranges in the profiled steps.
     """
+    progress = progress or (lambda what, of: None)
+    steps = 2 + len({residual for residual, *_ in variants}) + len(variants)
     config = preset(name, **overrides)
-    device = prepare(config)
-    batch = draw_batch(config, open_dataset(config), 0)
-    calls = {}
-    for residual in residuals:
-        of = preset(name, **{**CONTENDERS[residual], **overrides, "residual": residual})
-        for backend in backends:
-            progress(f"{residual}, {backend}: building", len(residuals) * len(backends) + 1)
-            calls[residual, backend] = _step(of, batch, device, backend)
-    progress("timing", len(calls) + 1)
+    workloads = {}
+    for residual in dict.fromkeys(residual for residual, *_ in variants):
+        progress(f"{residual}: building", steps)
+        workloads[residual] = Workload(workload.with_residual(name, overrides, residual))
+    progress("timing", steps)
+    device = next(iter(workloads.values())).device
+    calls = {variant: _calls(workloads[variant[0]], *variant[1:]) for variant in variants}
     seconds = interleaved(calls, repeats, Timer(device))
+    rows = []
+    for variant in variants:
+        progress(f"splitting up: {', '.join(variant)}", steps)
+        trace = traced if variant == variants[-1] else None
+        rows.append(_row(workloads[variant[0]], variant, seconds[variant], trace, marked))
+    progress("matrix product", steps)
+    cpu = any(implementation == "cpu" for _, implementation, _ in variants)
     run = {
         **describe_run(),
-        **describe_machine(device, "cpu" if "cpu" in backends else backends[0]),
+        **describe_machine(device, "cpu" if cpu else None),
         "preset": name,
         "config": asdict(config),
         "repeats": repeats,
+        "matmul_flops_per_second": matmul_rate(device, _matmul_dtype(config)),
     }
-    return Steps(run, [Row(*key, *pair) for key, pair in seconds.items()])
+    return Steps(run, rows)
 
 
-def _step(config, batch, device, backend):
-    model = build(config, device)
-    optimizer = make_optimizer(model, config)
-
+def _calls(load, implementation, checkpointing):
     def forward():
-        with mv.use_backend(backend):
-            gradients(config, model, batch, device)
+        with load.running(implementation, checkpointing):
+            load.gradients()
 
-    def backward(_):
-        update(config, 0, optimizer, gradient_norm(optimizer))
+    return forward, lambda _: load.update()
 
-    return forward, backward
+
+def _row(load, variant, seconds, traced, marked):
+    residual, implementation, checkpointing = variant
+    timer = Timer("cpu")
+    loader = statistics.median(timer(lambda i=i: load.draw(i))[0] for i in range(3))
+    with load.running(implementation, checkpointing):
+        peak = _peak_bytes(load, implementation)
+        breakdown, profiled = _split_up(load, implementation, traced, marked)
+    return Row(
+        *variant,
+        loader,
+        *seconds,
+        breakdown,
+        profiled,
+        tokens_per_second=workload.tokens(load.config) / sum(seconds),
+        flops=plan(replace(load.config, checkpointing="none", device="cpu")).flops,
+        peak_bytes=peak,
+    )
+
+
+def _peak_bytes(load, implementation):
+    """Bytes of tensors at the worst moment of a step, states of the model and optimizer included.
+
+    On a CPU counted at PyTorch's dispatcher, which a compiled graph passes by.
+    """
+    if torch.device(load.device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(load.device)
+        load.step()
+        return torch.cuda.max_memory_allocated(load.device)
+    if compiles(implementation):
+        return None
+    with LiveBytes() as live:
+        load.step()
+    moments = [t for s in load.optimizer.state.values() for t in s.values()]
+    states = [*load.model.parameters(), *load.model.buffers(), *moments]
+    return live.peak + sum(t.nbytes for t in states)
+
+
+def _split_up(load, implementation, traced, marked):
+    """{part: seconds} of one profiled step, and its sum.
+
+    On a GPU parts are kernels, and gaps what the wall-clock of the step has beyond them; on a CPU
+    parts are the self time of operations, and gaps what lies between them.
+    """
+    cuda = torch.device(load.device).type == "cuda"
+    kinds = torch.profiler.ProfilerActivity
+    span = spans(record_function, *([nvtx] if marked else []))
+    # There are no ranges in compiled code: eager operators in it are pointwise like the rest.
+    inside = (
+        labelled(load.model, span) if not compiles(implementation) else contextlib.nullcontext()
+    )
+    with inside:
+        load.synchronize()
+        activities = [kinds.CPU, kinds.CUDA] if cuda else [kinds.CPU]
+        with torch.profiler.profile(activities=activities) as profiler:
+            start = time.perf_counter()
+            load.gradients()
+            with span(UPDATE):
+                load.update()
+            load.synchronize()
+            wall = time.perf_counter() - start
+    if traced:
+        profiler.export_chrome_trace(str(traced))
+    parts = parts_of(profiler.events(), cuda)
+    parts["launch gaps"] = max(0.0, wall - sum(parts.values()))
+    return parts, sum(parts.values())
+
+
+def parts_of(events, cuda):
+    """{part: seconds} of a profiler's events, gaps left out."""
+    seconds = dict.fromkeys(PARTS[:-1], 0.0)
+    for event in events:
+        if event.device_type != DeviceType.CPU:
+            continue
+        if cuda:
+            own = event.self_device_time_total
+        else:  # what is no operation is Python, autograd's engine or a range: a gap
+            own = event.self_cpu_time_total if "::" in event.name else 0.0
+        if own and not event.name.startswith("autograd::"):
+            seconds[_part(event)] += own / 1e6
+    return seconds
+
+
+# The first that fits an operation's name; what fits none is pointwise, a reduction or a copy.
+_NAMES = (
+    ("operators", ("mvsplit::",)),
+    ("attention", ("scaled_dot_product", "flash_attention", "efficient_attention")),
+    ("matrix products", ("::mm", "::addmm", "::bmm", "::baddbmm", "::linear", "convolution")),
+    ("communication", ("nccl", "c10d::", "gloo")),
+)
+
+
+def _part(event):
+    for part, names in _NAMES:
+        if any(name in event.name for name in names):
+            return part
+    around = event
+    while around is not None:
+        of = Range.parse(around.name)
+        if of == UPDATE:
+            return "optimizer"
+        if of is not None and of.name in _backends.OPS:
+            return "operators"
+        if of is not None:
+            return "other pointwise"
+        around = around.cpu_parent
+    return "other pointwise"
+
+
+def _matmul_dtype(config):
+    return torch.float32 if config.precision == "fp32" else torch.bfloat16
 
 
 def table(steps):
-    """Rows of steps, each beside those of the first backend and of the first residual."""
-    by = {(row.residual, row.backend): row.step for row in steps.rows}
+    """A row a variant: its seconds, beside the first of its residual, and what they go to."""
     columns = (
-        *("residual", "backend", "gradients ms", "update ms", "step ms"),
-        *("to the first backend", "to the first residual"),
+        *("residual", "implementation", "checkpointing", "loader ms", "gradients", "update"),
+        *("step ms", "to the first", "tokens/s", "TFLOP/s", "% matmul", "peak GB"),
     )
-    first = steps.rows[0]
+    peak_rate = steps.run["matmul_flops_per_second"]
+    cells = []
+    for row in steps.rows:
+        rate = row.flops / row.step
+        cells.append(
+            (
+                *(row.residual, row.implementation, row.checkpointing),
+                *(f"{1e3 * s:.1f}" for s in (row.loader, row.gradients, row.update, row.step)),
+                f"{row.step / steps.rows[0].step:.3f}x",
+                f"{row.tokens_per_second:,.0f}",
+                f"{rate / 1e12:.3g}",
+                f"{100 * rate / peak_rate:.1f}",
+                "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.3g}",
+            )
+        )
+    return tables.terminal("One optimizer step", columns, cells, notes(steps))
+
+
+def breakdown_table(steps):
+    """A row a variant: percent of its profiled step."""
+    columns = "residual", "implementation", "checkpointing", *PARTS, "profiled ms"
     cells = [
         (
-            *(row.residual, row.backend),
-            *(f"{1e3 * t:.1f}" for t in (row.gradients, row.update, row.step)),
-            f"{row.step / by[row.residual, first.backend]:.3f}x",
-            f"{row.step / by[first.residual, row.backend]:.3f}x",
+            *(row.residual, row.implementation, row.checkpointing),
+            *(f"{100 * row.breakdown[part] / row.profiled:.1f}%" for part in PARTS),
+            f"{1e3 * row.profiled:.1f}",
         )
         for row in steps.rows
     ]
-    run, config = steps.run, steps.run["config"]
+    gpu = steps.run.get("capability")
     caption = (
-        f"{run['device']}, {run['threads']} threads; {run['preset']}: {config['depth']} blocks of "
-        f"width {config['dim']}, batch {config['batch']}, {config['precision']}, checkpointing "
-        f"{config['checkpointing']}",
-        f"medians of {run['repeats']} steps taken in turn; torch {run['torch']}",
+        "Shares of one profiled step: self time of "
+        + ("kernels; gaps: the wall-clock beyond them." if gpu else "operations; gaps: between.")
+        + " Eager operators that are compiled are among the other pointwise work.",
+        ""
+        if gpu
+        else "On a CPU the profiler and the ranges add microseconds to every operation "
+        "and more to the gaps: eager code, with the most operations, looks worse than it is.",
     )
-    return tables.terminal("One optimizer step", columns, cells, caption)
+    return tables.terminal("What a step goes to", columns, cells, caption)
+
+
+def notes(steps):
+    run, c = steps.run, steps.run["config"]
+    data = "random latents" if c["data"] == "latents" and not c["data_path"] else c["data"]
+    return (
+        f"{run['device']}, {run['threads']} threads, torch {run['torch']}; {run['preset']}: "
+        f"{c['depth']} blocks of width {c['dim']}, batch {c['batch']} of {data}, "
+        f"{c['precision']}; {run['date']}, {run['commit']}",
+        f"Medians of {run['repeats']} steps taken in turn, the loader's wait not in them. FLOPs of "
+        "the model's matrix products and attention, those computed again not counted; matmul: "
+        f"{run['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s, measured in this run.",
+    )
+
+
+def options(p):
+    workload.add_preset(p, "preset")
+    p.add_argument("--blocks", type=opt.positive, help="blocks (default: the preset's)")
+    p.add_argument("--batch", type=opt.positive, help="samples of a step (default: the preset's)")
+    opt.add_device(p)
+    p.add_argument(
+        "--backend",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"implementations, of {', '.join(workload.IMPLEMENTATIONS)} (default: eager, compile "
+        "and the backends that run here)",
+    )
+    p.add_argument(
+        "--residual",
+        nargs="+",
+        default=["mvsplit"],
+        metavar="RESIDUAL",
+        help=f"of {', '.join(RESIDUALS)}; {', '.join(CONTENDERS)} start as suits them",
+    )
+    p.add_argument(
+        "--checkpointing",
+        nargs="+",
+        metavar="POLICY",
+        help=f"policies for the last implementation: {', '.join(POLICIES)} or k/n (default: those "
+        "four; the others have the preset's)",
+    )
+    p.add_argument("--repeats", type=opt.positive, default=5, help="timed steps of each")
+    ranges.add_options(p)
+    opt.add_json(p)
+
+
+def command(args):
+    opt.writable(args.json)
+    opt.writable(args.trace, "--trace")
+    device = opt.device(args)
+    name, overrides = workload.configuration(args, device)
+    fused = workload.fused_by_default(device)
+    default = [EAGER, COMPILE, *(name + COMPILED for name in fused), *fused]
+    names = workload.implementations(args.backend or default, device)
+    variants = _variants(name, overrides, args.residual, names, args.checkpointing or POLICIES)
+    with opt.progress("step") as progress:
+        result = measure(name, overrides, variants, args.repeats, args.trace, args.nvtx, progress)
+    if args.json:
+        records.append(result.to_json(), args.json)
+    console = opt.console()
+    console.print(table(result))
+    console.print(breakdown_table(result))
+
+
+def _variants(name, overrides, residuals, names, policies):
+    """Every implementation under the preset's policy, then the last one under the others."""
+    own = preset(name, **overrides).checkpointing
+    for policy in policies:  # a policy that is none is refused before anything is built
+        preset(name, **{**overrides, "checkpointing": policy})
+    found = []
+    for residual in residuals:
+        found += [(residual, implementation, own) for implementation in names]
+        found += [(residual, names[-1], policy) for policy in policies]
+    return list(dict.fromkeys(found))

@@ -151,7 +151,7 @@ def _trace(config):
         image = (size, config.channels, config.size, config.size)
         text = torch.empty(size, config.text_tokens, config.text_dim)
         batch = Batch(torch.empty(image), torch.empty(image), torch.rand(size), text)
-        live, work = _LiveBytes(), _Work()
+        live, work = LiveBytes(), _Work()
         kept = []
         model.final_proj.register_forward_hook(lambda *unused: kept.append(live.bytes))
         with live, work:
@@ -166,7 +166,7 @@ def _trace(config):
     }
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Bytes of the storages made within the block that are still alive, and their peak."""
 
     def __init__(self):

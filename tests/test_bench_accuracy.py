@@ -51,18 +51,3 @@ def test_every_case_is_right_and_a_wrong_kernel_is_found(case):
         require_case(case, "off", wrong_result, inputs)
     with pytest.raises(Inaccurate, match=f"{case.op}, off, gradient"):
         require_case(case, "off", wrong_gradient, inputs)
-
-
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.op)
-def test_speed(benchmark, case, backward):
-    """pytest --benchmark-enable -k test_speed times each operator; otherwise it is run once."""
-    activations, constants, kwargs = case.inputs(TINY, torch.Generator().manual_seed(0))
-    leaves = [t.requires_grad_() for t in activations]
-    outputs = case.fused()(leaves, constants, kwargs)
-    if not backward:
-        assert len(benchmark(case.fused(), leaves, constants, kwargs)) == len(outputs)
-        return
-    ones = [torch.ones_like(t) for t in outputs]
-    grads = benchmark(torch.autograd.grad, outputs, leaves, ones, retain_graph=True)
-    assert all(g.shape == t.shape for g, t in zip(grads, leaves, strict=True))

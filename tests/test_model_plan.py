@@ -19,7 +19,7 @@ def real_step(config):
     """(bytes kept for backward, peak bytes) of the tensors of a step that is taken."""
     model = build(config)
     batch = draw_batch(config, open_dataset(config), 0)
-    live, kept = planning._LiveBytes(), []
+    live, kept = planning.LiveBytes(), []
     model.final_proj.register_forward_hook(lambda *unused: kept.append(live.bytes))
     with live:
         gradients(config, model, batch, "cpu")
