@@ -23,6 +23,7 @@ def use():
             "set TRITON_INTERPRET=1 before Python starts"
         )
     _round_to_nearest()
+    _keep_masks_boolean()
 
 
 def _round_to_nearest():
@@ -49,6 +50,27 @@ def _round_to_nearest():
 
     cast.to_nearest = True
     InterpreterBuilder.cast_impl = cast
+
+
+def _keep_masks_boolean():
+    """Triton 3.9's interpreter makes integers of a scalar condition that joins a mask.
+
+    Its loads then refuse the mask; compiled kernels are not concerned.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    splat = InterpreterBuilder.create_splat
+    if getattr(splat, "keeps_bool", False):
+        return
+
+    def create_splat(self, kind, scalar):
+        block = splat(self, kind, scalar)
+        if scalar.data.dtype == bool:
+            block.data = block.data.astype(bool)
+        return block
+
+    create_splat.keeps_bool = True
+    InterpreterBuilder.create_splat = create_splat
 
 
 @contextlib.contextmanager
@@ -84,7 +106,7 @@ def counting(traffic):
         return atomic(kind, pointers, value, mask, *args)
 
     def counted_run(self, *args, **kwargs):
-        traffic.launches += 1
+        traffic.launched(args, kwargs)
         with _disable_current_modes():  # the interpreter's own PyTorch operations
             return run(self, *args, **kwargs)
 

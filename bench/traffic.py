@@ -6,21 +6,28 @@
     triton      every byte that the kernels load and store, read off Triton's interpreter, and every
                 tensor that their launchers give to PyTorch operations
     cuda        the same, read off tests/simt
+    published   the same as triton of a checkout of erwold/mv-split, of the operators that it has
 
 A pass is one reading or writing of a (B, T, D) activation. On a GPU some of the bytes come from L2;
 the count is what the kernel asks for.
 """
 
-from dataclasses import asdict, dataclass
+import contextlib
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import emulator, interpreter
+from bench import emulator, interpreter, peers, records
+from bench import options as opt
 from bench.accuracy import results_and_gradients
 from bench.cases import CASES, calls_per_step
-from bench.profile import describe_run
+from bench.machine import describe_run
 from mvsplit_ops import _backends
+
+# PyTorch operations that move nothing, beside those whose schema says that they are views.
+FREE = "empty", "new_empty", "detach", "_unsafe_view"
 
 # What counts the loads and stores of a backend's kernels on CPU tensors.
 COUNTING = {"triton": interpreter.counting, "cuda": emulator.counting}
@@ -28,11 +35,22 @@ COUNTING = {"triton": interpreter.counting, "cuda": emulator.counting}
 
 @dataclass
 class Traffic:
-    """Bytes read and written, and the launches (or PyTorch operations) that did it."""
+    """Bytes read and written, and the launches (or PyTorch operations) that did it.
+
+    tensors  bytes of the tensors that each launch was given, once: what memory must move when a
+             cache serves all that a launch reads again
+    """
 
     read: int = 0
     written: int = 0
     launches: int = 0
+    tensors: int = 0
+
+    def launched(self, *arguments):
+        """A launch with these arguments; its loads and stores are added by who counts them."""
+        self.launches += 1
+        apart = {(t.data_ptr(), t.shape): t for t in _tensors(arguments)}
+        self.tensors += sum(map(_bytes, apart.values()))
 
 
 @dataclass(frozen=True)
@@ -48,6 +66,7 @@ class Row:
     written: float
     launches: int
     calls: int  # in an optimizer step of 400 blocks; 0: not in the total
+    tensors: float | None = None  # each launch's, once; older records do not tell
 
     @property
     def passes(self):
@@ -70,35 +89,56 @@ class Count:
         return cls(record["run"], [Row(**row) for row in record["rows"]], record["missing"])
 
 
-def measure(shape, progress=lambda what, of: None, cases=CASES):
-    """Count every operator on every backend that runs on CPU tensors."""
+def measure(shape, progress=lambda what, of: None, cases=CASES, published=None):
+    """Count every operator on every backend that runs on CPU tensors.
+
+    published  the folder of a checkout of erwold/mv-split, whose operators get rows as well;
+               RuntimeError: it is none
+    """
     interpreter.use()
     with emulator.counting(Traffic()):
         missing = {b: _backends.missing(b, _backends.OPS[0], "cpu") for b in _backends.BACKENDS}
     backends = [b for b, why in missing.items() if why is None]
+    columns = {case: _columns(case, backends, shape, published) for case in cases}
+    steps = sum(map(len, columns.values()))
     rows = []
     for case in cases:
         in_total = case.profiled and case.part_of is None
         calls = calls_per_step(case, 400) if in_total else (0, 0)
         inputs = case.inputs(shape, torch.Generator().manual_seed(0))
         counts = {}
-        for backend in backends:
-            progress(f"{case.title}, {backend}", len(cases) * len(backends))
-            counts[backend] = count(case, backend, inputs)
+        for backend in columns[case]:
+            progress(f"{case.title}, {backend}", steps)
+            counts[backend] = count(case, backend, inputs, published)
         for i, direction in enumerate(("fwd", "bwd")):
             must_move = getattr(case, direction)(shape)
-            for backend in backends:
+            for backend in columns[case]:
                 traffic = counts[backend][direction]
-                read, written = (n / shape.pass_bytes for n in (traffic.read, traffic.written))
-                moved = must_move, read, written, traffic.launches, calls[i]
+                read, written, tensors = (
+                    n / shape.pass_bytes for n in (traffic.read, traffic.written, traffic.tensors)
+                )
+                moved = must_move, read, written, traffic.launches, calls[i], tensors
                 rows.append(Row(case.op, case.title, direction, backend, *moved))
     return Count(describe_run(shape), rows, {b: why for b, why in missing.items() if why})
 
 
-def count(case, backend, inputs):
+def _columns(case, backends, shape, published):
+    """What an operator is counted on: the published kernels too, where they have it."""
+    if published is None or peers.lacks("published", case, shape.segments):
+        return backends
+    one_token_each = replace(shape, B=1, segments=(1,) * len(shape.segments))
+    inputs = case.inputs(one_token_each, torch.Generator().manual_seed(0))
+    peers.function("published", case, "cpu", published)(*inputs)  # makes what it keeps, uncounted
+    return [*backends, "published"]
+
+
+def count(case, backend, inputs, published=None):
     """{"fwd": Traffic, "bwd": Traffic} of one call of an operator and of its backward."""
     if backend == "reference":
-        return _count_eager(case, inputs)
+        return _count_calls(case.reference, inputs)
+    if backend == "published":
+        function = peers.function(backend, case, "cpu", published)
+        return _count_calls(function, inputs, interpreter.counting)
     with Recorder() as recorder:  # the kernels' arguments are the same on every backend
         results_and_gradients(case.fused("cpu"), *inputs)
     traffic = {"fwd": Traffic(), "bwd": Traffic()}
@@ -141,25 +181,26 @@ class EagerCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         results = func(*args, **(kwargs or {}))
-        if not func.is_view and not func.__name__.startswith(("empty", "detach", "_unsafe_view")):
+        if not func.is_view and not func.__name__.startswith(FREE):
             _add_tensors(self.traffic, (args, kwargs), results)
         return results
 
 
-def _count_eager(case, inputs):
+def _count_calls(function, inputs, counting=contextlib.nullcontext):
+    """What autograd runs: PyTorch operations, and kernels that `counting` counts."""
     activations, constants, kwargs = inputs
     leaves = [t.detach().requires_grad_() for t in activations]
     traffic = {"fwd": Traffic(), "bwd": Traffic()}
-    with EagerCounter(traffic["fwd"]):
-        outputs = [t for t in case.reference(leaves, constants, kwargs) if t.requires_grad]
-    gradients = [torch.ones_like(t) for t in outputs]
-    with EagerCounter(traffic["bwd"]):
+    with counting(traffic["fwd"]), EagerCounter(traffic["fwd"]):
+        outputs = [t for t in function(leaves, constants, kwargs) if t.requires_grad]
+    gradients = [torch.ones_like(t) for t in outputs]  # strided as the results are
+    with counting(traffic["bwd"]), EagerCounter(traffic["bwd"]):
         torch.autograd.grad(outputs, leaves, gradients)
     return traffic
 
 
 def _add_tensors(traffic, arguments, results):
-    traffic.launches += 1
+    traffic.launched(arguments, results)
     traffic.read += sum(map(_bytes, _tensors(arguments)))
     traffic.written += sum(map(_bytes, _tensors(results)))
 
@@ -174,3 +215,24 @@ def _bytes(t):
     for size, stride in zip(t.shape, t.stride(), strict=True):
         elements *= min(size, 1) if stride == 0 else size
     return elements * t.element_size()
+
+
+def options(p):
+    opt.add_shape(p)
+    opt.add_ops(p)
+    p.add_argument(
+        "--published", type=Path, metavar="DIR", help="count a checkout of erwold/mv-split too"
+    )
+    opt.add_json(p)
+
+
+def command(args):
+    from bench import report
+
+    shape = opt.shape(args, "cpu")
+    opt.writable(args.json)
+    with opt.progress("traffic") as progress:
+        result = measure(shape, progress, opt.chosen(args.op), args.published)
+    opt.console().print(report.traffic_table(result))
+    if args.json:
+        records.append(result.to_json(), args.json)

@@ -15,7 +15,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from model.config import recomputed_blocks
 from model.data import open_dataset
@@ -198,14 +197,17 @@ class _Work(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.flops, self.calls = 0, collections.Counter()
+        # Here, since it imports Triton, and that decides whether its kernels are interpreted.
+        from torch.utils.flop_counter import flop_registry
+
+        self.flops, self.calls, self._flops_of = 0, collections.Counter(), flop_registry
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         packet = function.overloadpacket
         packet = _CPU_ATTENTION.get(packet, packet)
-        if packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        if packet in self._flops_of:
+            self.flops += self._flops_of[packet](*args, **(kwargs or {}), out_val=out)
         elif function.namespace == "mvsplit":
             self.calls[packet.__name__] += 1
         return out

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from bench import interpreter, report, traffic
+from bench import interpreter, records, report, traffic
 from bench.cases import CASES, Shape
 from bench.traffic import Count, EagerCounter, Recorder, Traffic
 
@@ -127,7 +127,7 @@ def test_rows_hold_every_backend_and_survive_their_file(tmp_path):
     }
     assert len(steps) == steps[0][1] == 8
     assert not counted.missing
-    report.append_json(counted.to_json(), tmp_path / "t.jsonl")
+    records.append(counted.to_json(), tmp_path / "t.jsonl")
     read = Count.from_json(json.loads((tmp_path / "t.jsonl").read_text()))
     assert (read.rows, read.missing) == (counted.rows, counted.missing)
     assert read.run["shape"]["segments"] == [20, 12]

@@ -87,7 +87,7 @@ class Emulator:
                 _copy(t.data_ptr(), places[id(t)], t)
         self.traffic.read += counted[0]
         self.traffic.written += counted[1]
-        self.traffic.launches += 1
+        self.traffic.launched(tensors)
 
     def _check(self, library, program, launch, packed):
         """What a GPU would refuse, or worse, not refuse."""
