@@ -179,7 +179,7 @@ def options(p):
 
 def command(args):
     device = opt.device(args)
-    minutes = args.minutes or MINUTES[torch.device(device).type]
+    minutes = MINUTES[torch.device(device).type] if args.minutes is None else args.minutes
     if not minutes > 0:
         raise ValueError(f"--minutes: must be above 0, got {minutes:g}")
     if args.out.exists() and not args.out.is_dir():

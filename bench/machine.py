@@ -26,7 +26,8 @@ def describe_run(shape=None):
         "python": platform.python_version(),
     }
     if shape is not None:
-        run["shape"] = {**asdict(shape), "dtype": str(shape.dtype).removeprefix("torch.")}
+        dtype = str(shape.dtype).removeprefix("torch.")
+        run["shape"] = {**asdict(shape), "segments": list(shape.segments), "dtype": dtype}
     return run
 
 
@@ -43,7 +44,7 @@ def describe_machine(device, backend=None):
         "instruction_set": None if cuda else _instruction_set(backend),
     }
     if cuda:
-        found["capability"] = torch.cuda.get_device_capability(device)
+        found["capability"] = list(torch.cuda.get_device_capability(device))
         found |= _nvidia_smi(device)
     return found
 

@@ -97,7 +97,9 @@ def measure(cases, shapes, names, repeats, published=None, progress=lambda what,
 def _point(case, shape, names, repeats, published, copy):
     torch.compiler.reset()
     columns, failed, functions = {}, {}, {}
-    found = {name: peers.missing(name, case, shape.device, published) for name in names}
+    found = {
+        name: peers.missing(name, case, shape.device, published, shape.segments) for name in names
+    }
     inputs = case.inputs(shape, torch.Generator().manual_seed(0))
     for name in (name for name, why in found.items() if why is None):
         function = peers.function(name, case, shape.device, published)
@@ -168,8 +170,8 @@ def _timed_on_gpu(case, shape, functions, repeats):
 
 
 def _replayed(function, sets, repeats, timer):
-    cotangents = cotangents_of(function, *sets[0])
-    replay = Replay(function, sets, [cotangents] * len(sets))
+    first = cotangents_of(function, *sets[0])
+    replay = Replay(function, sets, [[t.clone() for t in first] for _ in sets])
     kinds = (replay.forward, replay.backward, replay.both)
     for kind in kinds:
         kind()

@@ -1,15 +1,19 @@
-"""Records as tables and pictures: on the terminal, and in the README."""
+"""Tables and plots of the newest records: report.md and report.html; in the README, its figures.
 
-import json
+Of the records of this checkout, bench/results, it also writes the README's sections and picture. At
+the end it tells where the backends that CUDA tensors take by default are not the fastest recorded.
+"""
+
 from pathlib import Path
 
-from bench import tables
+from bench import digest, records, tables
+from bench import options as opt
 from bench.profile import PAPER_MS, Profile
 from bench.traffic import Count
 
-RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
-PICTURE = RESULTS / "profile.svg"
+PICTURE = records.RESULTS / "profile.svg"
+NOTHING = "–"
 MARKS = "<!-- bench {}: begin -->", "<!-- bench {}: end -->"
 
 COLUMNS = (
@@ -63,14 +67,13 @@ def _summary(profile, ms, bytes_per_second):
 
 def headline(profile):
     """Where and of what, in one line."""
-    run, s = profile.run, profile.run["shape"]
+    run = profile.run
     threads = f", {run['threads']} threads" if run["instruction_set"] else ""
-    segments = "+".join(map(str, s["segments"]))
     return (
         f"{run['device']}{threads}, backend {run['backend']}"
         f"{' (' + run['instruction_set'] + ')' if run['instruction_set'] else ''}, "
-        f"torch {run['torch']}; B {s['B']}, T {segments}, D {s['D']}, H {s['H']}, F {s['F']}, "
-        f"{s['dtype']}; {run['blocks']} blocks, three of four checkpointed; "
+        f"torch {run['torch']}; {digest.shape_text(run['shape'])}; "
+        f"{run['blocks']} blocks, three of four checkpointed; "
         f"copy {profile.copy_bytes_per_second / 1e9:.1f} GB/s; {run['date']}, {run['commit']}"
     )
 
@@ -101,30 +104,37 @@ def print_table(profile, console):
 
 
 def traffic_cells(count):
-    """Columns and rows: passes of every backend, and in brackets its launches."""
+    """Columns and rows: passes of every backend, and in brackets its launches; – is not counted.
+
+    The total of a backend is of all operators of a step, or is not there.
+    """
     backends = list(dict.fromkeys(row.backend for row in count.rows))
     found = {(row.op, row.direction, row.backend): row for row in count.rows}
-    rows = []
-    for op, direction, backend in found:
-        if backend != backends[0]:
-            continue
-        of = [found[op, direction, b] for b in backends]
-        passes = (f"{row.passes:.2f} ({row.launches})" for row in of)
-        rows.append((f"{of[0].title}, {direction}", f"{of[0].must_move:g}", *passes))
+    calls = {(row.op, row.direction): row for row in count.rows}
+    step = [call for call, of in calls.items() if of.calls]
 
-    def step(value, backend):
-        total = sum(row.calls * value(row) for row in count.rows if row.backend == backend)
-        return f"{total:,.0f}"
+    def cell(row):
+        return f"{row.passes:.2f} ({row.launches})" if row else NOTHING
 
-    passes = (step(lambda row: row.passes, b) for b in backends)
-    floor = step(lambda row: row.must_move, backends[0])
-    total = ("a step of 400 blocks", floor, *passes)
-    return ("passes (launches)", "must move", *backends), rows, total
+    rows = [
+        (f"{of.title}, {of.direction}", f"{of.must_move:g}")
+        + tuple(cell(found.get((*call, b))) for b in backends)
+        for call, of in calls.items()
+    ]
+
+    def total(backend):
+        counted = {call: found.get((*call, backend)) for call in step}
+        if None in counted.values():
+            return NOTHING
+        return f"{sum(row.calls * row.passes for row in counted.values()):,.0f}"
+
+    floor = sum(calls[call].calls * calls[call].must_move for call in step)
+    totals = ("a step of 400 blocks", f"{floor:,.0f}", *map(total, backends))
+    return ("passes (launches)", "must move", *backends), rows, totals
 
 
 def traffic_notes(count):
     """What a reader must know to read the table."""
-    s = count.run["shape"]
     calls = {(row.op, row.direction): row.calls for row in count.rows}
     chained = "mvsplit_rmsnorm_with_mean"
     saved = sum(
@@ -133,13 +143,15 @@ def traffic_notes(count):
         for row in count.rows
         if row.backend == "triton" and row.op in ("mvsplit_rmsnorm", chained)
     )
-    both = ("mvsplit_rmsnorm", "fwd") in calls and (chained, "fwd") in calls
+    counted = {row.op for row in count.rows if row.backend == "triton"}
+    backends = {row.backend for row in count.rows}
+    both = {"mvsplit_rmsnorm", chained} <= counted
     return (
-        f"B {s['B']}, T {'+'.join(map(str, s['segments']))}, D {s['D']}, H {s['H']}, F {s['F']}, "
-        f"{s['dtype']}. A pass reads or writes one (B, T, D) activation once; parameters, tables, "
-        "means and partial sums are counted too.",
+        f"{digest.shape_text(count.run['shape'])}. A pass reads or writes one (B, T, D) activation "
+        "once; parameters, tables, means and partial sums are counted too.",
         "reference: the tensors of every eager operation; cpu: the tensors of a call, whose second "
-        "reading comes from cache; triton and cuda: every load and store of their kernels.",
+        "reading comes from cache; triton and cuda: every load and store of their kernels."
+        + (" published: the same of erwold/mv-split." if "published" in backends else ""),
         "A step has 700 forward and 400 backward calls of RoPE + QK-Norm and of SwiGLU, and twice "
         "as many of MV-Split + RMSNorm."
         + (f" Merges that carry the mean move {saved:,.0f} passes less in triton." if both else ""),
@@ -153,39 +165,10 @@ def traffic_table(count):
     return tables.terminal("Bytes moved by one call", columns, rows, caption, total)
 
 
-def kernel_table(kernels):
-    """What compiling found, a row a kernel."""
-    columns = (
-        *("call", "kernel", "sm", "warps", "registers", "spilled B", "shared B"),
-        *("load bits", "store bits", "barriers", "seconds"),
-    )
-
-    def widths(found):
-        return " ".join(f"{bits}x{found[bits]}" for bits in sorted(found, reverse=True))
-
-    rows = [
-        (
-            *(k.call, k.name, f"{k.architecture}", f"{k.warps}", f"{k.registers}", f"{k.spilled}"),
-            *(f"{k.shared}", widths(k.loads), widths(k.stores), f"{k.barriers}"),
-            f"{k.seconds:.1f}",
-        )
-        for k in kernels
-    ]
-    return tables.terminal("Triton kernels, compiled", columns, rows)
-
-
-def append_json(record, path):
-    """Add a record to a file, one JSON object a line; what the file holds stays."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record, allow_nan=False) + "\n")
-
-
 def committed(kind="profile"):
     """Every committed record of a kind, oldest first."""
-    lines = [line for p in sorted(RESULTS.glob("*.jsonl")) for line in p.read_text().splitlines()]
-    records = [r for r in map(json.loads, lines) if r.get("kind", "profile") == kind]
     read = {"profile": Profile.from_json, "traffic": Count.from_json}[kind]
-    return sorted(map(read, records), key=lambda record: record.run["date"])
+    return [read(record) for record in records.read_folder(kind=kind)]
 
 
 def latest():
@@ -216,41 +199,85 @@ def readme_sections():
 
 def write_readme():
     """Put the newest committed records into the README and draw them."""
+    from bench import plots
+
     text = README.read_text()
     for name, section in readme_sections().items():
         begin, end = (mark.format(name) for mark in MARKS)
         before, rest = text.split(begin)
         text = f"{before}{begin}\n{section}\n{end}{rest.split(end)[1]}"
     README.write_text(text)
-    draw(latest(), PICTURE)
+    plots.draw(latest(), PICTURE)
 
 
-def draw(profiles, path):
-    """Bars: milliseconds per step of each operator, a panel for each device."""
-    import matplotlib
+def text(found):
+    """report.md: the tables of every kind."""
+    from bench import page, sections
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
+    shown = sections.sections(found)
+    parts = [f"# {page.TITLE}", page.ABOUT, "## Machines", _section_table(sections.machines(found))]
+    for section in shown:
+        if section.tables:
+            parts.append(f"## {section.title}")
+        for table in section.tables:
+            parts += [f"### {_plain(table.title)}", _section_table(table)]
+    parts += [_plain(line) for line in page.absent(shown, found)]
+    return "\n\n".join(parts) + "\n"
 
-    plt.rcParams["svg.hashsalt"] = "mvsplit-ops"  # the same picture gives the same file
-    figure, axes = plt.subplots(
-        len(profiles), 1, figsize=(8, 3.2 * len(profiles)), squeeze=False, layout="constrained"
+
+def _section_table(table):
+    rows = [*table.rows, table.total] if table.total else table.rows
+    columns, *rows = ([_plain(cell) for cell in row] for row in (table.columns, *rows))
+    bullets = [f"- {_plain(note)}" for note in table.notes]
+    bullets += [f"- Source: {_plain(source)}" for source in table.sources]
+    return "\n".join([tables.markdown(columns, rows), "", *bullets])
+
+
+def _plain(line):
+    """One line of Markdown that shows these characters."""
+    return " ".join(line.replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def write(folder, out):
+    """report.md and report.html of a folder's records; of the committed ones, the README too."""
+    from bench import page
+
+    found = digest.read(folder)
+    if not out.is_dir():
+        raise ValueError(f"--out: no folder {out}; make it first")
+    written = [out / "report.md", out / "report.html"]
+    for path, content in zip(written, (text(found), page.html(found)), strict=True):
+        path.write_text(content, encoding="utf-8")
+    committed = _committed(folder)
+    if committed:
+        write_readme()
+        written += [README, PICTURE]
+    return written, digest.disagreements(found, committed)
+
+
+def _committed(folder):
+    return Path(folder).resolve() == records.RESULTS.resolve()
+
+
+def options(p):
+    p.add_argument(
+        "folder",
+        nargs="?",
+        type=Path,
+        default=records.RESULTS,
+        metavar="DIR",
+        help="folder of records, *.jsonl",
     )
-    colours = {"eager": "#b8b8b8", "compile": "#7aa6c2", "fused": "#d9622b"}
-    for axis, profile in zip(axes[:, 0], profiles, strict=True):
-        rows = [r for r in profile.rows if r.part_of is None]
-        for i, (name, colour) in enumerate(colours.items()):
-            at = [k + (i - 1) * 0.27 for k in range(len(rows))]
-            bars = axis.barh(at, [r.ms_per_step(name) for r in rows], 0.25, color=colour)
-            label = {"compile": "torch.compile", "fused": "mvsplit_ops"}.get(name, name)
-            bars.set_label(label)
-            axis.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
-        axis.set_yticks(range(len(rows)), [r.title for r in rows])
-        axis.invert_yaxis()
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.set_xlabel("milliseconds per optimizer step (lower is better)")
-        blocks, device = profile.run["blocks"], profile.run["device"]
-        axis.set_title(f"{device}, backend {profile.run['backend']}, {blocks} blocks", fontsize=10)
-        axis.legend(frameon=False)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    p.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="where report.md and report.html go (default: DIR)",
+    )
+
+
+def command(args):
+    written, lines = write(args.folder, args.out or args.folder)
+    console = opt.console()
+    for line in (*(f"wrote {path}" for path in written), *lines):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

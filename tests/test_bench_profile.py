@@ -9,11 +9,12 @@ import torch
 
 import simt
 from bench import __main__ as cli
-from bench import profile, report
+from bench import profile, records, report
 from bench.accuracy import Inaccurate
 from bench.cases import PROFILE, Shape
+from bench.machine import copy_bandwidth
 from bench.profile import Profile, Row
-from bench.timing import Timer, copy_bandwidth, interleaved
+from bench.timing import Timer, interleaved
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = Shape(B=2, segments=(9, 4), D=64, H=4, F=24)
@@ -60,10 +61,10 @@ def test_the_total_counts_what_replaces_two_once():
 def test_a_record_survives_its_file(tmp_path):
     file = tmp_path / "runs.jsonl"
     first = a_profile([row()])
-    report.append_json(first.to_json(), file)
-    report.append_json(a_profile([row(op="b")]).to_json(), file)
-    records = [Profile.from_json(json.loads(line)) for line in file.read_text().splitlines()]
-    assert records[0] == first and records[1].rows[0].op == "b"
+    records.append(first.to_json(), file)
+    records.append(a_profile([row(op="b")]).to_json(), file)
+    read = [Profile.from_json(record) for record in records.read(file)]
+    assert read[0] == first and read[1].rows[0].op == "b"
 
 
 def test_measure_times_every_operator_once_it_is_right():
@@ -110,7 +111,7 @@ def test_timer_and_bandwidth_are_positive():
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "measure", lambda shape, *rest: a_profile([row()]))
+    monkeypatch.setattr(profile, "measure", lambda shape, *rest: a_profile([row()]))
     out = tmp_path / "p.jsonl"
     assert cli.main(["profile", "--json", str(out), "--tokens", "8,2", "--dtype", "fp32"]) == 0
     shown = capsys.readouterr().out
@@ -152,31 +153,10 @@ def test_help_names_the_options():
         assert option in text
 
 
-def test_readme_figures_are_those_of_the_records():
-    """python -m bench report writes them; nobody types them."""
-    text = (ROOT / "README.md").read_text()
-    sections = report.readme_sections()
-    assert set(sections) == {"report", "traffic"}
-    for name, section in sections.items():
-        begin, end = (mark.format(name) for mark in report.MARKS)
-        assert text.split(begin)[1].split(end)[0].strip() == section
-
-
-def test_the_picture_is_drawn(tmp_path):
-    rows = [row(op=c.op, title=c.title, part_of=c.part_of) for c in PROFILE]
-    picture = tmp_path / "p.svg"
-    report.draw([a_profile(rows), a_profile(rows)], picture)
-    text = picture.read_text()
-    assert (
-        text.count("<svg") == 1 and report.draw([a_profile(rows)] * 2, tmp_path / "q.svg") is None
-    )
-    assert (tmp_path / "q.svg").read_text() == text
-
-
 def test_torch_threads_are_an_option(monkeypatch, threads):
     seen = []
     monkeypatch.setattr(
-        cli, "measure", lambda *a: seen.append(torch.get_num_threads()) or a_profile([])
+        profile, "measure", lambda *a: seen.append(torch.get_num_threads()) or a_profile([])
     )
     monkeypatch.setattr(report, "print_table", lambda *a: None)
     assert cli.main(["profile", "--threads", "1"]) == 0 and seen == [1]
