@@ -1,4 +1,4 @@
-"""What a call costs by calculation: its counted bytes at a bandwidth, and so much for each launch.
+"""What a call costs by calculation: its counted bytes at a bandwidth, and so much a launch.
 
     seconds = launches * seconds of a launch + bytes / bandwidth
 
@@ -67,8 +67,7 @@ def newest_count(found):
     A column that it lacks is the newest of its shape.
     ValueError: no record counts the eager operators of the profile.
     """
-    counts = [Count.from_json(r) for r in found if r["kind"] == "traffic"]
-    whole = [c for c in counts if counts_profile(c, "reference")]
+    whole = whole_counts(found)
     if not whole:
         raise ValueError(
             f"no traffic record of the whole profile in {records.RESULTS.name}/*.jsonl; "
@@ -76,6 +75,7 @@ def newest_count(found):
         )
     newest = whole[-1]
     columns = {}
+    counts = map(Count.from_json, (r for r in found if r["kind"] == "traffic"))
     for count in (c for c in counts if c.run["shape"] == newest.run["shape"]):
         for backend in dict.fromkeys(row.backend for row in count.rows):
             if counts_profile(count, backend):
@@ -83,6 +83,12 @@ def newest_count(found):
     rows = [row for b, count in columns.items() for row in count.rows if row.backend == b]
     missing = {b: why for b, why in newest.missing.items() if b not in columns}
     return Count(newest.run, rows, missing), {b: count.run for b, count in columns.items()}
+
+
+def whole_counts(found):
+    """The Counts of traffic records that have every eager operator of the profile."""
+    counts = map(Count.from_json, (r for r in found if r["kind"] == "traffic"))
+    return [count for count in counts if counts_profile(count, "reference")]
 
 
 def column_of(implementation):
@@ -109,8 +115,9 @@ def at_tokens(count, tokens):
 def call_cost(count, op, direction, implementation, shape):
     """(bytes, launches) of one call at a Shape, or None where it was not counted.
 
-    The counted passes scale with those that must move: SwiGLU's with F / D. An operator that the
-    implementation lacks is the sum of those that it would replace.
+    The counted passes scale with those that must move: SwiGLU's with F / D. What a launch loads
+    again comes from a cache. An operator that the implementation lacks is the sum of those that it
+    would replace.
     """
     case = next((c for c in CASES if c.op == op), None)
     if case is None:
@@ -123,7 +130,7 @@ def call_cost(count, op, direction, implementation, shape):
     parts = [op] if op in rows else [c.op for c in CASES if c.part_of == op]
     if not parts or not rows.keys() >= set(parts):
         return None
-    passes = sum(rows[part].passes for part in parts)
+    passes = sum(rows[part].memory for part in parts)
     scale = must_move(shape) / must_move(shape_of(count.run))
     return passes * scale * shape.pass_bytes, sum(rows[part].launches for part in parts)
 

@@ -85,7 +85,7 @@ def measure(name, overrides, implementations, repeats, traced=None, marked=False
     progress = progress or (lambda what, of: None)
     steps = 2 + len(implementations)
     progress("building", steps)
-    config = preset(name, **overrides)
+    run, config = describe_run(), preset(name, **overrides)
     workload = Workload(config)
     progress("timing whole steps", steps)
     seconds = _whole_steps(workload, implementations, repeats)
@@ -96,8 +96,7 @@ def measure(name, overrides, implementations, repeats, traced=None, marked=False
         found, ms = _with_ranges(workload, implementation, traced if last else None, marked)
         rows += found
         with_ranges[implementation] = ms
-    run = {
-        **describe_run(),
+    run |= {
         **describe_machine(workload.device, "cpu" if "cpu" in implementations else None),
         "preset": name,
         "config": asdict(config),

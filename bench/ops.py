@@ -96,7 +96,7 @@ def measure(cases, shapes, names, repeats, published=None, progress=lambda what,
 
 def _point(case, shape, names, repeats, published, copy):
     torch.compiler.reset()
-    columns, failed, functions = {}, {}, {}
+    run, failed, functions = describe_run(shape), {}, {}
     found = {
         name: peers.missing(name, case, shape.device, published, shape.segments) for name in names
     }
@@ -111,7 +111,7 @@ def _point(case, shape, names, repeats, published, copy):
     columns = _timed(case, shape, functions, inputs, repeats)
     described = describe_machine(shape.device, "cpu" if "cpu" in columns else None)
     return Point(
-        run={**describe_run(shape), **described, "repeats": repeats},
+        run={**run, **described, "repeats": repeats},
         op=case.op,
         title=case.title,
         must_move=(case.fwd(shape) * shape.pass_bytes, case.bwd(shape) * shape.pass_bytes),

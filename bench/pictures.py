@@ -29,6 +29,7 @@ def pictures(found):
         *(_sweep_time(of) for of in sweeps if _lines(of)),
         *(picture for f in digest.newest(found, "in_loop") for picture in _in_loop(f)),
         *(_traffic(f) for f in digest.newest(found, "traffic")),
+        *(_predicted(*of) for of in sections.predictions(found)),
     ]
 
 
@@ -193,4 +194,15 @@ def _traffic(found):
         plots.dots(list(rows.values()), "passes over a (B, T, D) activation"),
         " ".join((text, *missing)),
         sections.sources([found]),
+    )
+
+
+def _predicted(title, rows, notes, of):
+    values = {row.title: row.ms for row in rows}
+    values["all operators"] = {n: sum(row.ms[n] for row in rows) for n in rows[0].ms}
+    return Picture(
+        f"Milliseconds of a step, {title}",
+        plots.bars(values, "ms per optimizer step, calculated"),
+        f"Not measured: counted bytes over a bandwidth, and a cost for each launch. {notes[0]}",
+        of,
     )

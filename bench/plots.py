@@ -16,6 +16,7 @@ WIDTH = 5.8  # inches: a phone shows them at two thirds, letters still legible
 
 # implementation: (name in legends, colour, marker)
 LOOK = {
+    "floor": ("what must move", "#1c1c1c", "|"),
     "eager": ("eager", "#8d8d8d", "o"),
     "reference": ("reference (eager)", "#8d8d8d", "o"),
     "compile": ("torch.compile", "#5b9bc8", "s"),

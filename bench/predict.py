@@ -192,19 +192,30 @@ def newest(found):
     return list(last.values())
 
 
-def prediction_table(rows, title, caption):
-    """A row an operator, then the step."""
+def prediction_cells(rows):
+    """Columns, a row an operator, and the step's."""
     names = [n for n in IMPLEMENTATIONS if n in rows[0].ms]
     columns = ("operator", "calls fwd/bwd", "floor ms", *(f"{n} ms" for n in IMPLEMENTATIONS))
     columns += ("eager / cuda", f"launches {' / '.join(names)}")
-    ms = {n: sum(row.ms[n] for row in rows) for n in rows[0].ms}
-    launches = {n: sum(row.launches[n] for row in rows) for n in rows[0].launches}
-    total = ("total", "", *_figures(ms, launches, names))
     body = [
         (row.title, "{} / {}".format(*row.calls), *_figures(row.ms, row.launches, names))
         for row in rows
     ]
-    return tables.terminal(title, columns, body, caption, total)
+    return columns, body, ("total", "", *_figures(*_totals(rows), names))
+
+
+def _totals(rows):
+    ms = {n: sum(row.ms[n] for row in rows) for n in rows[0].ms}
+    return ms, {n: sum(row.launches[n] for row in rows) for n in rows[0].launches}
+
+
+def summary_cells(count, speeds):
+    """Columns, and the step's total on each GPU: speeds is {GPU: Bandwidth}."""
+    rows = {}
+    for gpu, speed in speeds.items():
+        rows[gpu] = predict(count, TOKENS, speed.bytes_per_second)
+    columns = ("a step by calculation", *(c for c in prediction_cells(rows[gpu])[0][2:]))
+    return columns, [(gpu.upper(), *prediction_cells(r)[2][2:]) for gpu, r in rows.items()]
 
 
 def _figures(ms, launches, names):
@@ -227,7 +238,8 @@ def prediction_notes(count, sources, bandwidth, launch_seconds):
         *(f"Bytes and launches of {', '.join(names)}: {file}." for file, names in files.items()),
         f"Counted at B {s['B']}, T {'+'.join(map(str, s['segments']))}, D {s['D']}, H {s['H']}, "
         f"F {s['F']}, {s['dtype']}; all bytes are taken to grow with the tokens, also the few of "
-        "parameters, means and partial sums. What L2 would serve is counted as memory.",
+        "parameters, means and partial sums. What a launch loads again is taken to come from a "
+        "cache, what it hands to the next launch is not.",
         *(f"{n}: {_why_missing(count, n)}" for n in missing),
     )
 
@@ -282,23 +294,28 @@ def _published_text(count, ms, speed):
     )
 
 
-def comparison_tables(rows):
-    """A table for each device: predicted and measured of every call, by record."""
+def comparison_cells(rows):
+    """Columns, and predicted and measured of every call."""
     columns = (
         *("operator", "direction", "implementation", "predicted ms", "measured ms"),
         *("measured / predicted", "shape", "record"),
     )
-    for device in dict.fromkeys(row.device for row in rows):
-        cells = [
-            (
-                *(row.title, row.direction, row.implementation),
-                *(f"{1e3 * s:.4f}" for s in (row.predicted_seconds, row.measured_seconds)),
-                *(f"{row.ratio:.2f}", row.shape, row.source),
-            )
-            for row in rows
-            if row.device == device
-        ]
-        yield tables.terminal(f"Measured beside predicted, {device}", columns, cells, COMPARED)
+    cells = [
+        (
+            *(row.title, row.direction, row.implementation),
+            *(f"{1e3 * s:.4f}" for s in (row.predicted_seconds, row.measured_seconds)),
+            *(f"{row.ratio:.2f}", row.shape, row.source),
+        )
+        for row in rows
+    ]
+    return columns, cells
+
+
+def by_device(rows):
+    """{device: its rows}"""
+    return {
+        device: [r for r in rows if r.device == device] for device in {r.device: 0 for r in rows}
+    }
 
 
 def microseconds(text):
@@ -330,8 +347,13 @@ def command(args):
         f"A step by calculation: {args.gpu.upper()}, {args.tokens:,} tokens, {args.blocks} blocks"
     )
     console = opt.console()
-    console.print(prediction_table(rows, title, prediction_notes(count, sources, speed, launch)))
+    columns, body, total = prediction_cells(rows)
+    notes = prediction_notes(count, sources, speed, launch)
+    console.print(tables.terminal(title, columns, body, notes, total))
     for line in paper_lines(count, cost.bandwidth("h100", found), launch):
         console.print(line, highlight=False)
-    for table in comparison_tables(compare(found if args.all else newest(found), count, launch)):
-        console.print(table)
+    compared = compare(found if args.all else newest(found), count, launch)
+    for device, of in by_device(compared).items():
+        columns, cells = comparison_cells(of)
+        title = f"Measured beside predicted, {device}"
+        console.print(tables.terminal(title, columns, cells, COMPARED))

@@ -87,7 +87,7 @@ def measure(shape, blocks=400, repeats=30, backend=None, progress=lambda what, o
     RuntimeError: the backend cannot run here.
     """
     keep_freed_memory()
-    backend = _usable_backend(backend, shape.device)
+    run, backend = describe_run(shape), _usable_backend(backend, shape.device)
     steps = 2 + 2 * len(PROFILE)
     progress("copy bandwidth", steps)
     bandwidth = [copy_bandwidth(shape.device)]
@@ -97,7 +97,8 @@ def measure(shape, blocks=400, repeats=30, backend=None, progress=lambda what, o
         rows.append(_measure_case(case, shape, blocks, repeats, backend, steps, progress))
     progress("copy bandwidth", steps)
     bandwidth.append(copy_bandwidth(shape.device))
-    return Profile(_describe_run(shape, blocks, repeats, backend), max(bandwidth), rows)
+    run |= {**describe_machine(shape.device, backend), "backend": backend}
+    return Profile({**run, "blocks": blocks, "repeats": repeats}, max(bandwidth), rows)
 
 
 def _usable_backend(backend, device):
@@ -136,16 +137,6 @@ def _measure_case(case, shape, blocks, repeats, backend, steps, progress):
         seconds=interleaved(calls, repeats, Timer(shape.device)),
         bytes=(case.fwd(shape) * shape.pass_bytes, case.bwd(shape) * shape.pass_bytes),
     )
-
-
-def _describe_run(shape, blocks, repeats, backend):
-    return {
-        **describe_run(shape),
-        **describe_machine(shape.device, backend),
-        "backend": backend,
-        "blocks": blocks,
-        "repeats": repeats,
-    }
 
 
 def options(p):

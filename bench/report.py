@@ -6,7 +6,7 @@ the end it tells where the backends that CUDA tensors take by default are not th
 
 from pathlib import Path
 
-from bench import digest, records, tables
+from bench import cost, digest, predict, records, tables
 from bench import options as opt
 from bench.profile import PAPER_MS, Profile
 from bench.traffic import Count
@@ -194,7 +194,22 @@ def readme_sections():
         bullets = (f"- {note}" for note in traffic_notes(count))
         table = tables.markdown(columns, [*rows, total])
         sections["traffic"] = "\n".join([table, "", *bullets])
+        sections["predict"] = _predicted()
     return sections
+
+
+def _predicted():
+    found = records.read_folder()
+    speeds = {gpu: cost.bandwidth(gpu, found) for gpu in cost.DATASHEET}
+    count, _ = cost.newest_count(found)
+    columns, rows = predict.summary_cells(count, speeds)
+    notes = [f"{gpu.upper()}: {speed.source}." for gpu, speed in speeds.items()]
+    launch = 1e6 * cost.LAUNCH_SECONDS
+    notes.append(
+        f"{predict.TOKENS:,} tokens, {predict.PAPER_BLOCKS} blocks, {launch:g} us a launch, "
+        "assumed. Calculated, not measured; python -m bench predict tells what it rests on."
+    )
+    return "\n".join([tables.markdown(columns, rows), "", *(f"- {note}" for note in notes)])
 
 
 def write_readme():

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from bench import digest, report, resources
+from bench import cost, digest, predict, report, resources
 from bench.profile import PAPER_MS, Profile
 from bench.report import NOTHING
 from bench.traffic import Count
@@ -37,6 +37,7 @@ KINDS = {
     "in_loop": ("Operators within training steps", "profile --in-loop --json FILE"),
     "step": ("Whole optimizer steps", "step --json FILE"),
     "traffic": ("Bytes moved by one call", "traffic --json FILE"),
+    "predict": ("A step by calculation, and what was measured", "traffic --json FILE"),
     "machine": ("What the machine can do at best", "machine --json FILE"),
     "resources": ("Kernels as compiled", "resources --json FILE"),
 }
@@ -53,6 +54,7 @@ def sections(found):
         "resources": _resources,
     }
     tables = {kind: [of(f) for f in digest.newest(found, kind)] for kind, of in make.items()}
+    tables["predict"] = _predicted(found)
     tables["ops"] = [_ops(of) for group in digest.by_widths(found).values() for of in _by_op(group)]
     return [
         Section(kind, title, f"python -m bench {command}", tables[kind])
@@ -260,6 +262,35 @@ def _traffic(found):
     notes = *report.traffic_notes(count), *missing
     title = digest.size_text(count.run["shape"])
     return Table(title, columns, rows, notes, sources([found]), total)
+
+
+def predictions(found):
+    """(title, rows, notes, sources) on each GPU of a datasheet, where a step is counted."""
+    shown = [f.record for f in found]
+    if not cost.whole_counts(shown):
+        return
+    count, counted = cost.newest_count(shown)
+    of = sources([f for f in found if f.run in counted.values()])
+    for gpu in cost.DATASHEET:
+        speed = cost.bandwidth(gpu, shown)
+        rows = predict.predict(count, predict.TOKENS, speed.bytes_per_second)
+        notes = predict.prediction_notes(count, counted, speed, cost.LAUNCH_SECONDS)
+        yield f"{gpu.upper()}, {predict.TOKENS:,} tokens, by calculation", rows, notes, of
+
+
+def _predicted(found):
+    tables = []
+    for title, rows, notes, of in predictions(found):
+        columns, body, total = predict.prediction_cells(rows)
+        tables.append(Table(title, columns, body, notes, of, total))
+    if tables:
+        shown = [f.record for f in found]
+        compared = predict.compare(predict.newest(shown), cost.newest_count(shown)[0])
+        for device, of in predict.by_device(compared).items():
+            columns, cells = predict.comparison_cells(of)
+            title = f"Measured beside predicted, {device}"
+            tables.append(Table(title, columns, cells, predict.COMPARED, tables[0].sources))
+    return tables
 
 
 def _machine(found):

@@ -76,7 +76,7 @@ def measure(name, overrides, variants, repeats, traced=None, marked=False, progr
     """
     progress = progress or (lambda what, of: None)
     steps = 2 + len({residual for residual, *_ in variants}) + len(variants)
-    config = preset(name, **overrides)
+    run, config = describe_run(), preset(name, **overrides)
     workloads = {}
     for residual in dict.fromkeys(residual for residual, *_ in variants):
         progress(f"{residual}: building", steps)
@@ -92,8 +92,7 @@ def measure(name, overrides, variants, repeats, traced=None, marked=False, progr
         rows.append(_row(workloads[variant[0]], variant, seconds[variant], trace, marked))
     progress("matrix product", steps)
     cpu = any(implementation == "cpu" for _, implementation, _ in variants)
-    run = {
-        **describe_run(),
+    run |= {
         **describe_machine(device, "cpu" if cpu else None),
         "preset": name,
         "config": asdict(config),

@@ -72,6 +72,11 @@ class Row:
     def passes(self):
         return self.read + self.written
 
+    @property
+    def memory(self):
+        """Passes that memory must serve when a cache serves what a launch loads again."""
+        return self.passes if self.tensors is None else min(self.passes, self.tensors)
+
 
 @dataclass(frozen=True)
 class Count:
@@ -96,6 +101,7 @@ def measure(shape, progress=lambda what, of: None, cases=CASES, published=None):
                RuntimeError: it is none
     """
     interpreter.use()
+    run = describe_run(shape)
     with emulator.counting(Traffic()):
         missing = {b: _backends.missing(b, _backends.OPS[0], "cpu") for b in _backends.BACKENDS}
     backends = [b for b, why in missing.items() if why is None]
@@ -119,7 +125,7 @@ def measure(shape, progress=lambda what, of: None, cases=CASES, published=None):
                 )
                 moved = must_move, read, written, traffic.launches, calls[i], tensors
                 rows.append(Row(case.op, case.title, direction, backend, *moved))
-    return Count(describe_run(shape), rows, {b: why for b, why in missing.items() if why})
+    return Count(run, rows, {b: why for b, why in missing.items() if why})
 
 
 def _columns(case, backends, shape, published):

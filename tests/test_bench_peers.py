@@ -319,8 +319,8 @@ def test_published_kernels_and_their_pytorch_operations_are_counted(tmp_path):
     assert [(row.op, row.direction) for row in rows] == [("swiglu", "fwd"), ("swiglu", "bwd")]
     n = SMALL.B * SMALL.T * SMALL.F * 4
     got = traffic.count(cases[0], "published", inputs_of(cases[0]), tmp_path)
-    assert got["fwd"] == Traffic(read=n, written=n, launches=1)
-    assert got["bwd"] == Traffic(read=3 * n, written=3 * n, launches=2)
+    assert got["fwd"] == Traffic(read=n, written=n, launches=1, tensors=3 * n)
+    assert got["bwd"] == Traffic(read=3 * n, written=3 * n, launches=2, tensors=5 * n)
     assert rows[0].read == n / SMALL.pass_bytes and rows[1].launches == 2
 
 

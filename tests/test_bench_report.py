@@ -113,7 +113,7 @@ def test_the_page_is_well_formed_and_escaped(full):
     body = re.sub(r"<(meta|link)[^>]*>", "", html.removeprefix("<!doctype html>\n"))
     tree = ElementTree.fromstring(body)  # every tag closed, every < and & of a record escaped
     figures = list(tree.iter("figure"))
-    assert len(figures) == html.count("<svg") == 12
+    assert len(figures) == html.count("<svg") == 14
     for figure in figures:
         caption = "".join(figure.find("figcaption").itertext())
         assert "runs.jsonl, 2026-01-" in caption or "not this machine" in caption
@@ -248,7 +248,7 @@ def test_readme_figures_are_those_of_the_records():
     """python -m bench report writes them; nobody types them."""
     text = (ROOT / "README.md").read_text()
     sections = report.readme_sections()
-    assert set(sections) == {"report", "traffic"}
+    assert set(sections) == {"report", "traffic", "predict"}
     for name, section in sections.items():
         begin, end = (mark.format(name) for mark in report.MARKS)
         assert text.split(begin)[1].split(end)[0].strip() == section

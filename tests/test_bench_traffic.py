@@ -38,6 +38,11 @@ def interpreted():
         pytest.skip("Triton compiles in this process; python -m bench traffic counts in its own")
 
 
+def once(read, written, launches):
+    """A Traffic that loads no byte twice."""
+    return Traffic(read, written, launches, tensors=read + written)
+
+
 def inputs_of(case, shape):
     return case.inputs(shape, torch.Generator().manual_seed(0))
 
@@ -78,12 +83,21 @@ def test_interpreted_kernels_are_counted_to_the_byte():
 
     with interpreter.counting(Traffic()) as counted:
         swiglu_fwd(x)
-    assert counted == Traffic(read=3 * 40 * 2, written=3 * 20 * 2, launches=1)
+    assert counted == once(3 * 40 * 2, 3 * 20 * 2, 1)
     with interpreter.counting(counted):
         swiglu_bwd(x[:, :20], x)
-    assert counted == Traffic(read=3 * (40 + 60) * 2, written=3 * (20 + 40) * 2, launches=2)
+    assert counted == once(3 * (40 + 60) * 2, 3 * (20 + 40) * 2, 2)
     swiglu_fwd(x)
     assert counted.launches == 2  # not counted outside the block
+
+
+def test_what_a_launch_reads_again_is_in_its_tensors_once():
+    """RoPE's tables, for each sample anew: their bytes are loaded B times."""
+    shape = Shape(B=3, segments=(8,), D=64, H=2)
+    case = BY_NAME["rope_qk_norm"]
+    counted = traffic.count(case, "triton", inputs_of(case, shape))["fwd"]
+    tables = 2 * shape.T * shape.Dh // 2 * 4
+    assert counted.read + counted.written == counted.tensors + (shape.B - 1) * tables
 
 
 def test_eager_operations_are_counted_and_views_are_not():
@@ -94,15 +108,15 @@ def test_eager_operations_are_counted_and_views_are_not():
     assert counter.traffic == Traffic()
     with EagerCounter(Traffic()) as counter:
         x + row.expand(4, 6)  # an expanded row lies in memory once
-    assert counter.traffic == Traffic(read=(24 + 6) * 4, written=24 * 4, launches=1)
+    assert counter.traffic == once((24 + 6) * 4, 24 * 4, 1)
 
 
 def test_cpu_counts_the_tensors_of_the_call():
     case = BY_NAME["swiglu"]
     counted = traffic.count(case, "cpu", inputs_of(case, SMALL))
     gate = SMALL.B * SMALL.T * SMALL.F * 2
-    assert counted["fwd"] == Traffic(read=2 * gate, written=gate, launches=1)
-    assert counted["bwd"] == Traffic(read=3 * gate, written=2 * gate, launches=1)
+    assert counted["fwd"] == once(2 * gate, gate, 1)
+    assert counted["bwd"] == once(3 * gate, 2 * gate, 1)
 
 
 def test_the_recorder_keeps_kernel_ops_alone():

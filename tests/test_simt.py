@@ -45,7 +45,7 @@ COPY = "float v = load_one(args.in + tid()); store_one(args.out + tid(), v * 2);
 
 def test_a_kernel_runs_and_its_bytes_are_counted(run):
     assert torch.equal(run(COPY), torch.arange(64.0) * 2)
-    assert run.traffic == Traffic(read=2 * 64 * 4, written=2 * 64 * 4, launches=2)
+    assert run.traffic == Traffic(256 * 2, 256 * 2, launches=2, tensors=1024)
 
 
 def test_shuffles_reach_every_lane(run):
