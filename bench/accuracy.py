@@ -2,6 +2,8 @@
 
 import torch
 
+from bench.cases import generator_on
+
 
 class Inaccurate(AssertionError):
     """A kernel erred more than the rule allows."""
@@ -30,7 +32,7 @@ def results_and_gradients(function, activations, constants, kwargs, seed=0):
     """Results of a call, and gradients of its activations for cotangents that no dtype changes."""
     leaves = [t.detach().requires_grad_() for t in activations]
     outputs = function(leaves, constants, kwargs)
-    generator = torch.Generator("cpu").manual_seed(seed)
+    generator = generator_on(outputs[0].device, seed)
     cotangents = [cotangent(t, generator) for t in outputs]
     torch.autograd.backward(outputs, cotangents)
     return [t.detach() for t in outputs], [t.grad for t in leaves]
@@ -38,15 +40,16 @@ def results_and_gradients(function, activations, constants, kwargs, seed=0):
 
 def cotangent(t, generator):
     """Random, strided as t, and exact in bfloat16, so that every dtype is given the same one."""
-    values = torch.randn(t.shape, generator=generator, device="cpu").bfloat16()
+    values = torch.randn(t.shape, generator=generator, device=generator.device).bfloat16()
     return torch.empty_like(t).copy_(values)
 
 
 def cotangents_of(function, activations, constants, kwargs, seed=1):
     """A cotangent for each result of a call."""
-    generator = torch.Generator("cpu").manual_seed(seed)
     with torch.no_grad():
-        return [cotangent(t, generator) for t in function(activations, constants, kwargs)]
+        outputs = function(activations, constants, kwargs)
+    generator = generator_on(outputs[0].device, seed)
+    return [cotangent(t, generator) for t in outputs]
 
 
 def forward_backward(function, activations, constants, kwargs):
@@ -69,16 +72,30 @@ def double(inputs):
     return [t.double() for t in activations], [t.double() for t in constants], kwargs
 
 
-def require_case(case, name, function, *samples):
-    """Results and gradients of `function` obey the rule for a case's inputs.
+class Judge:
+    """The rule for one case's inputs: what is exact, and what eager code errs, computed once.
 
     samples  inputs of one shape, whose errors are judged together: the rule compares largest
              errors, and among the few elements of a narrow parameter one sample's are luck
     """
-    exact = [results_and_gradients(case.reference, *double(inputs)) for inputs in samples]
-    eager = [results_and_gradients(case.reference, *inputs) for inputs in samples]
-    got = [results_and_gradients(function, *inputs) for inputs in samples]
-    for kind, what in enumerate(("result", "gradient")):
-        for i in range(len(exact[0][kind])):
-            pooled = (torch.stack([run[kind][i] for run in runs]) for runs in (got, eager, exact))
-            require_accurate(f"{case.op}, {name}, {what} {i}", *pooled)
+
+    def __init__(self, case, *samples):
+        self.case, self.samples = case, samples
+        self.exact = [results_and_gradients(case.reference, *double(inputs)) for inputs in samples]
+        self.eager = [results_and_gradients(case.reference, *inputs) for inputs in samples]
+
+    def require(self, name, function):
+        """Results and gradients of `function` obey the rule; else Inaccurate."""
+        got = [results_and_gradients(function, *inputs) for inputs in self.samples]
+        for kind, what in enumerate(("result", "gradient")):
+            for i in range(len(self.exact[0][kind])):
+                pooled = (
+                    torch.stack([run[kind][i] for run in runs])
+                    for runs in (got, self.eager, self.exact)
+                )
+                require_accurate(f"{self.case.op}, {name}, {what} {i}", *pooled)
+
+
+def require_case(case, name, function, *samples):
+    """One function judged: see Judge."""
+    Judge(case, *samples).require(name, function)

@@ -75,6 +75,10 @@ class Case:
     part_of: str | None = None
     profiled: bool = True
 
+    def example(self, shape, seed=0):
+        """Inputs at a shape, the same for the same seed and device."""
+        return self.inputs(shape, generator_on(shape.device, seed))
+
     def function(self, implementation):
         """The call that is timed: activations and parameters -> tuple of results."""
 
@@ -93,15 +97,24 @@ class Case:
         return self.function(lambda *args, **kwargs: op(*args, backend=backend, **kwargs))
 
 
+def generator_on(device, seed):
+    """Random numbers made where they are used: a GPU's gigabytes would take a CPU seconds."""
+    on = device if torch.device(device).type == "cuda" else "cpu"
+    return torch.Generator(on).manual_seed(seed)
+
+
 def randn(shape, generator, *sizes, dtype=None, mean=0.0, std=1.0):
-    t = torch.randn(sizes, generator=generator, dtype=torch.float64, device="cpu") * std + mean
+    t = torch.randn(sizes, generator=generator, dtype=torch.float64, device=generator.device)
+    t = t * std + mean
     return t.to(shape.device, dtype or shape.dtype)
 
 
 def rotary_tables(shape, generator):
     """cos and sin (T, Dh/2) of random angles, float32."""
     sizes = shape.T, shape.Dh // 2
-    angle = torch.rand(sizes, generator=generator, dtype=torch.float64, device="cpu") * 6.3
+    angle = (
+        torch.rand(sizes, generator=generator, dtype=torch.float64, device=generator.device) * 6.3
+    )
     return tuple(t.to(shape.device, torch.float32) for t in (angle.cos(), angle.sin()))
 
 

@@ -16,8 +16,6 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from bench.accuracy import results_and_gradients
 from bench.cases import CASES
 from bench.occupancy import RESERVED, WARP, limits
@@ -100,7 +98,7 @@ def missing(backend, architectures=ARCHITECTURES):
 
 def launches_of(case, shape):
     """(kernel op, its arguments) of one call of a case and its backward, on the meta device."""
-    inputs = case.inputs(replace(shape, device="meta"), torch.Generator().manual_seed(0))
+    inputs = case.example(replace(shape, device="meta"))
     with Recorder() as recorder:
         results_and_gradients(case.fused("triton"), *inputs)
     return [(kernel_op, args[:-1]) for kernel_op, args, _ in recorder.calls]

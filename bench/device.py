@@ -74,16 +74,17 @@ def steps_for(device, out, published=None):
             Step("report", (*bench, "report", str(out)), 0.3),
         ]
     loop = ("--preset", IN_LOOP, "--batch", str(in_loop_batch(device)))
-    whole = (IN_LOOP, *loop[2:], "--repeats", "3", "--checkpointing", "3/4", "full", "selective")
+    whole = (IN_LOOP, *loop[2:], "--repeats", "3", "--checkpointing", "full", "selective")
+    whole += ("--backend", "eager", "compile", "triton", "cuda")
     near, far = ("--batch", "26", "64"), ("--batch", "8", "128")
     return [
         Step("correct", (*pytest, *tests, "tests/test_cuda_gpu.py"), 0.3),
         Step("machine", measuring("machine"), 0.1),
         Step("profile B 26", measuring("profile", "--batch", "26"), 0.2),
         Step("profile B 64", measuring("profile", "--batch", "64"), 0.2),
-        Step("in the loop", measuring("profile", "--in-loop", *loop, "--repeats", "3"), 0.2),
+        Step("in the loop", measuring("profile", "--in-loop", *loop, "--repeats", "3"), 0.25),
         Step("ops B 26, 64", measuring("ops", *near, *peers), 0.3),
-        Step("step", measuring("step", *whole), 0.3),
+        Step("step", measuring("step", *whole), 0.35),
         Step("ops B 8, 128", measuring("ops", *far, *peers), 0.3),
         Step("ops T 512", measuring("ops", *near, "--tokens", "256,256", *peers), 0.3),
         Step("ops D 2048", measuring("ops", *near, "--dim", "2048", *peers), 0.3),

@@ -18,7 +18,7 @@ from torch.autograd import DeviceType
 
 from bench import options as opt
 from bench import peers, records, tables
-from bench.accuracy import Inaccurate, cotangents_of, forward_backward, require_case
+from bench.accuracy import Inaccurate, Judge, cotangents_of, forward_backward
 from bench.cases import Shape
 from bench.machine import copy_bandwidth, describe_machine, describe_run
 from bench.timing import Replay, Timer, input_sets, samples
@@ -100,14 +100,16 @@ def _point(case, shape, names, repeats, published, copy):
     found = {
         name: peers.missing(name, case, shape.device, published, shape.segments) for name in names
     }
-    inputs = case.inputs(shape, torch.Generator().manual_seed(0))
+    inputs = case.example(shape)
+    judge = Judge(case, inputs)
     for name in (name for name, why in found.items() if why is None):
         function = peers.function(name, case, shape.device, published)
-        why = _wrong(case, name, function, inputs)
+        why = _wrong(judge, name, function)
         if why is None:
             functions[name] = function
         else:
             failed[name] = why
+    del judge  # its results in float64 are memory
     columns = _timed(case, shape, functions, inputs, repeats)
     described = describe_machine(shape.device, "cpu" if "cpu" in columns else None)
     return Point(
@@ -122,10 +124,10 @@ def _point(case, shape, names, repeats, published, copy):
     )
 
 
-def _wrong(case, name, function, inputs):
+def _wrong(judge, name, function):
     """Why an implementation is not timed: its results are wrong, or it breaks off; else None."""
     try:
-        require_case(case, name, function, inputs)
+        judge.require(name, function)
     except Inaccurate as error:
         return str(error)
     except Exception as error:  # noqa: BLE001  other people's code may raise anything: it is told
@@ -183,7 +185,7 @@ def _replayed(function, sets, repeats, timer):
 def _host_seconds(case, shape, function):
     """Of the host, in a forward call that is recorded for backward, on a token a segment."""
     least = replace(shape, B=1, segments=(1,) * len(shape.segments))
-    inputs = case.inputs(least, torch.Generator().manual_seed(0))
+    inputs = case.example(least)
     forward, _ = forward_backward(function, *inputs)
     for _ in range(3):
         forward()

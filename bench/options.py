@@ -76,6 +76,8 @@ def device(args):
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device: cannot use {name!r} here: {reason}") from error
+    if ":" in name and name.startswith("cuda"):
+        torch.cuda.set_device(name)  # streams and graphs are the current device's
     return name
 
 

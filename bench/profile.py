@@ -12,7 +12,7 @@ import torch
 
 from bench import options as opt
 from bench import ranges, records, workload
-from bench.accuracy import forward_backward, require_case
+from bench.accuracy import Judge, forward_backward
 from bench.cases import PROFILE, calls_per_step
 from bench.machine import copy_bandwidth, describe_machine, describe_run
 from bench.timing import Timer, interleaved
@@ -116,15 +116,16 @@ def _usable_backend(backend, device):
 
 
 def _measure_case(case, shape, blocks, repeats, backend, steps, progress):
-    inputs = case.inputs(shape, torch.Generator().manual_seed(0))
+    inputs = case.example(shape)
     torch.compiler.reset()
     functions = {
         "eager": case.reference,
         "compile": torch.compile(case.reference, fullgraph=True),
         "fused": case.fused(backend),
     }
+    judge = Judge(case, inputs)
     for name, function in functions.items():
-        require_case(case, name, function, inputs)
+        judge.require(name, function)
     progress(f"{case.title}: timing", steps)
     calls = {name: forward_backward(f, *inputs) for name, f in functions.items()}
     forward_calls, backward_calls = calls_per_step(case, blocks)

@@ -111,7 +111,7 @@ def measure(shape, progress=lambda what, of: None, cases=CASES, published=None):
     for case in cases:
         in_total = case.profiled and case.part_of is None
         calls = calls_per_step(case, 400) if in_total else (0, 0)
-        inputs = case.inputs(shape, torch.Generator().manual_seed(0))
+        inputs = case.example(shape)
         counts = {}
         for backend in columns[case]:
             progress(f"{case.title}, {backend}", steps)
@@ -133,7 +133,7 @@ def _columns(case, backends, shape, published):
     if published is None or peers.lacks("published", case, shape.segments):
         return backends
     one_token_each = replace(shape, B=1, segments=(1,) * len(shape.segments))
-    inputs = case.inputs(one_token_each, torch.Generator().manual_seed(0))
+    inputs = case.example(one_token_each)
     peers.function("published", case, "cpu", published)(*inputs)  # makes what it keeps, uncounted
     return [*backends, "published"]
 
