@@ -144,11 +144,11 @@ def _where(run):
     return ", ".join(part for part in parts if part)
 
 
-def failures(found):
-    """Lines: which implementations of ops records are wrong or absent, why, and where."""
+def failures(found, missing=True):
+    """Lines: which implementations of ops records are wrong, or absent too, why, and where."""
     where = {}
     for f in found:
-        for name, why in f.record["missing"].items():
+        for name, why in f.record["missing"].items() if missing else ():
             where.setdefault(f"{name}: {why}", []).append(f)
         for name, why in failed(f).items():
             where.setdefault(f"{name}: failed: {why}", []).append(f)

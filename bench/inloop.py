@@ -6,11 +6,9 @@ wall-clock, since the profiler's cost for each operation would count against eag
 operator, and a block that is run again within a backward, have ranges of their own.
 """
 
-import gc
 import statistics
 import time
 from collections import defaultdict
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -21,7 +19,7 @@ from bench.cases import CASES
 from bench.machine import describe_machine, describe_run
 from bench.profile import PAPER_MS
 from bench.ranges import PARTS, Clock, Range, labelled, nvtx, record_function, spans
-from bench.timing import Timer, interleaved
+from bench.timing import Timer, interleaved, no_collection
 from bench.workload import EAGER, Workload
 from model.config import preset, recomputed_blocks
 
@@ -142,7 +140,7 @@ def _take(workload, implementation, span, takes, around):
     with (
         workload.running(implementation),
         labelled(workload.model, span) as calls,
-        _no_collection(),
+        no_collection(),
     ):
         for _ in range(WARMUP):
             workload.step()
@@ -160,17 +158,6 @@ def _take(workload, implementation, span, takes, around):
 def _profiler(cuda):
     kinds = torch.profiler.ProfilerActivity
     return torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA] if cuda else [kinds.CPU])
-
-
-@contextmanager
-def _no_collection():
-    """No garbage collection within a range: it would walk through the ranges' own objects."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def self_times(events):

@@ -56,7 +56,7 @@ def _speed_up(profile, found):
     return Picture(
         f"{beside}peed-up over eager PyTorch, {profile.run['device']}",
         plots.bars(values, "times faster than eager PyTorch", (1, "eager = 1")),
-        " ".join((text, *(f"{reason}." for reason in digest.failures(ops)))),
+        " ".join((text, *(f"{reason}." for reason in digest.failures(ops, missing=False)))),
         sections.sources(found),
     )
 
@@ -148,8 +148,8 @@ def _steps(found):
         f"Where a step's time goes, {found.run['preset']}, {found.device}",
         plots.stacked(rows, "ms per optimizer step"),
         f"{sections.run_text(found.run)}. A row for each residual, implementation and "
-        "checkpointing policy: one profiled step, which is slower than one that is not, on a CPU "
-        "above all in eager code.",
+        "checkpointing policy. Parts are of a profiled step, gaps what a step that is not has "
+        "beyond them.",
         sections.sources([found]),
     )
 

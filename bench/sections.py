@@ -248,8 +248,8 @@ def _step(found):
     repeats = f"; medians of {found.run['repeats']} steps" if "repeats" in found.run else ""
     notes = (
         f"{run_text(found.run)}{repeats}. The loader's time is not in a step's. % of matmul: of "
-        "the rate of a matrix product measured in the same run. The parts are those of one "
-        "profiled step, which is slower, on a CPU above all in eager code.",
+        "the rate of a matrix product measured in the same run. The parts are of a profiled "
+        "step, launch gaps what a step that is not has beyond them.",
     )
     title = f"{found.run['preset']}, {found.device}"
     return Table(title, columns, cells, notes, sources([found]))

@@ -1,5 +1,7 @@
 """Seconds of a call, on a CPU or a CUDA device."""
 
+import contextlib
+import gc
 import statistics
 import time
 
@@ -55,6 +57,17 @@ def samples(calls, repeats, timer):
             if repeat >= warmup:
                 seconds[name].append((forward_s, backward_s))
     return seconds
+
+
+@contextlib.contextmanager
+def no_collection():
+    """No garbage collection within the block: it would walk through what watches a step."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 class Replay:

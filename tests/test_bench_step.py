@@ -32,7 +32,7 @@ def test_variants_are_timed_in_turn_and_split_up():
     for row in result.rows:
         assert row.gradients > 0 and row.update > 0 and row.loader > 0
         assert list(row.breakdown) == list(step.PARTS)
-        assert sum(row.breakdown.values()) == pytest.approx(row.profiled)
+        assert sum(row.breakdown.values()) >= row.step * (1 - 1e-9)
         for part in ("matrix products", "attention", "operators", "optimizer"):
             assert row.breakdown[part] > 0, part
         assert row.breakdown["communication"] == 0
@@ -106,7 +106,6 @@ def a_row(implementation, gradients):
         gradients=gradients,
         update=1.0,
         breakdown=dict.fromkeys(step.PARTS, 0.5),
-        profiled=3.5,
         tokens_per_second=100.0,
         flops=10**12,
         peak_bytes=None,
