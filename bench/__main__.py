@@ -22,7 +22,7 @@ COMMANDS = {
 
 
 def parser():
-    top = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    top = _Parser(prog="python -m bench", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
         module = importlib.import_module(f"bench.{name}")
@@ -35,6 +35,13 @@ def parser():
         module.options(p)
         p.set_defaults(run=module.command)
     return top
+
+
+class _Parser(argparse.ArgumentParser):
+    """An error is one line, which lists what there is."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; --help tells more\n")
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

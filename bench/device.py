@@ -173,13 +173,11 @@ def options(p):
         help=f"for everything (default: {MINUTES['cuda']:g}, on a CPU {MINUTES['cpu']:g})",
     )
     opt.add_device(p)
-    p.add_argument(
-        "--published", type=Path, metavar="PATH", help="as of python -m bench ops --help"
-    )
+    opt.add_published(p)
 
 
 def command(args):
-    device = opt.device(args)
+    published, device = opt.published(args), opt.device(args)
     minutes = MINUTES[torch.device(device).type] if args.minutes is None else args.minutes
     if not minutes > 0:
         raise ValueError(f"--minutes: must be above 0, got {minutes:g}")
@@ -190,7 +188,7 @@ def command(args):
     described = {**describe_run(), **describe_machine(device), "minutes": minutes}
     outcomes = []
     with opt.progress("device") as progress:
-        steps = steps_for(device, out, args.published)
+        steps = steps_for(device, out, published and published.resolve())
         for outcome in run(steps, out, 60 * minutes, progress):
             outcomes.append(outcome)
             record = {"kind": "device", "run": described, **asdict(outcome)}

@@ -11,7 +11,6 @@ import itertools
 import statistics
 import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 from torch.autograd import DeviceType
@@ -285,19 +284,14 @@ def options(p):
         metavar="NAME",
         help=f"these alone, of {', '.join(peers.IMPLEMENTATIONS)}",
     )
-    p.add_argument(
-        "--published",
-        type=Path,
-        metavar="PATH",
-        help="a checkout of the paper's kernels (github.com/erwold/mv-split) to compare with",
-    )
+    opt.add_published(p)
     p.add_argument("--repeats", type=opt.positive, default=20, help="timed calls of each")
     opt.add_json(p)
 
 
 def command(args):
     opt.writable(args.json)
-    device = opt.device(args)
+    published, device = opt.published(args), opt.device(args)
     batches = args.batch or BATCHES[torch.device(device).type]
     sizes = itertools.product(args.dtype, args.dim, args.tokens, batches)
     shapes = [
@@ -307,9 +301,7 @@ def command(args):
     points = []
     with opt.progress("ops") as progress:
         cases = opt.chosen(args.op)
-        for point in measure(
-            cases, shapes, args.implementation, args.repeats, args.published, progress
-        ):
+        for point in measure(cases, shapes, args.implementation, args.repeats, published, progress):
             points.append(point)
             if args.json:
                 records.append(point.to_json(), args.json)

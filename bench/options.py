@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from bench import peers
 from bench.cases import CASES, Shape
 from model.__main__ import positive
 from mvsplit_ops.__main__ import DTYPES
@@ -51,6 +52,22 @@ def add_json(command):
     command.add_argument(
         "--json", type=Path, metavar="FILE", help="add every record to FILE, one a line"
     )
+
+
+def add_published(command):
+    command.add_argument(
+        "--published",
+        type=Path,
+        metavar="PATH",
+        help="a checkout of the paper's kernels (github.com/erwold/mv-split) beside ours",
+    )
+
+
+def published(args):
+    """The checkout of --published, or None; ValueError where the folder is none."""
+    if args.published and (why := peers.no_checkout(args.published)):
+        raise ValueError(f"--published: {why}")
+    return args.published
 
 
 def chosen(ops, cases=CASES):

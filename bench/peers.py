@@ -97,7 +97,7 @@ def lacks(name, case, segments=None):
 
 def _not_installed(name, case, published):
     if name == "published":
-        return _no_checkout(published) or _not_importable(name, case, published, "triton")
+        return no_checkout(published) or _not_importable(name, case, published, "triton")
     package, read = PACKAGES[name]
     wanted = f"{package}>={read}"
     try:
@@ -118,7 +118,8 @@ def _not_importable(name, case, published, requirement):
     return None
 
 
-def _no_checkout(folder):
+def no_checkout(folder):
+    """Why a folder does not hold the published kernels, in one line; None when it does."""
     if folder is None:
         return "no checkout of erwold/mv-split was given; pass its folder with --published"
     absent = [file for file in PUBLISHED if not (Path(folder) / "kernels" / file).is_file()]

@@ -111,7 +111,6 @@ def traffic_cells(count):
     backends = list(dict.fromkeys(row.backend for row in count.rows))
     found = {(row.op, row.direction, row.backend): row for row in count.rows}
     calls = {(row.op, row.direction): row for row in count.rows}
-    step = [call for call, of in calls.items() if of.calls]
 
     def cell(row):
         return f"{row.passes:.2f} ({row.launches})" if row else NOTHING
@@ -122,15 +121,22 @@ def traffic_cells(count):
         for call, of in calls.items()
     ]
 
-    def total(backend):
-        counted = {call: found.get((*call, backend)) for call in step}
-        if None in counted.values():
-            return NOTHING
-        return f"{sum(row.calls * row.passes for row in counted.values()):,.0f}"
-
-    floor = sum(calls[call].calls * calls[call].must_move for call in step)
-    totals = ("a step of 400 blocks", f"{floor:,.0f}", *map(total, backends))
+    floor = sum(calls[call].calls * calls[call].must_move for call in calls)
+    passes = step_passes(count, lambda row: row.passes)
+    shown = (f"{passes[b]:,.0f}" if b in passes else NOTHING for b in backends)
+    totals = ("a step of 400 blocks", f"{floor:,.0f}", *shown)
     return ("passes (launches)", "must move", *backends), rows, totals
+
+
+def step_passes(count, passes):
+    """{backend: passes(row) of a step}, of the backends that have every operator of it."""
+    step = {(row.op, row.direction) for row in count.rows if row.calls}
+    totals = {}
+    for backend in dict.fromkeys(row.backend for row in count.rows):
+        rows = [row for row in count.rows if row.backend == backend and row.calls]
+        if {(row.op, row.direction) for row in rows} == step:
+            totals[backend] = sum(row.calls * passes(row) for row in rows)
+    return totals
 
 
 def traffic_notes(count):
@@ -146,6 +152,8 @@ def traffic_notes(count):
     counted = {row.op for row in count.rows if row.backend == "triton"}
     backends = {row.backend for row in count.rows}
     both = {"mvsplit_rmsnorm", chained} <= counted
+    memory = step_passes(count, lambda row: row.memory)
+    once = ", ".join(f"{backend} {passes:,.0f}" for backend, passes in memory.items())
     return (
         f"{digest.shape_text(count.run['shape'])}. A pass reads or writes one (B, T, D) activation "
         "once; parameters, tables, means and partial sums are counted too.",
@@ -155,6 +163,7 @@ def traffic_notes(count):
         "A step has 700 forward and 400 backward calls of RoPE + QK-Norm and of SwiGLU, and twice "
         "as many of MV-Split + RMSNorm."
         + (f" Merges that carry the mean move {saved:,.0f} passes less in triton." if both else ""),
+        f"Of a step's passes memory serves, if what a launch loads again is in a cache: {once}.",
     )
 
 

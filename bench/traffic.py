@@ -14,7 +14,6 @@ the count is what the kernel asks for.
 
 import contextlib
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -226,19 +225,17 @@ def _bytes(t):
 def options(p):
     opt.add_shape(p)
     opt.add_ops(p)
-    p.add_argument(
-        "--published", type=Path, metavar="DIR", help="count a checkout of erwold/mv-split too"
-    )
+    opt.add_published(p)
     opt.add_json(p)
 
 
 def command(args):
     from bench import report
 
-    shape = opt.shape(args, "cpu")
+    shape, published = opt.shape(args, "cpu"), opt.published(args)
     opt.writable(args.json)
     with opt.progress("traffic") as progress:
-        result = measure(shape, progress, opt.chosen(args.op), args.published)
+        result = measure(shape, progress, opt.chosen(args.op), published)
     opt.console().print(report.traffic_table(result))
     if args.json:
         records.append(result.to_json(), args.json)

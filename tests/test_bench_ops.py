@@ -125,14 +125,15 @@ def test_the_command_sweeps_and_prints(capsys):
 def test_bad_options_are_refused_with_what_exists(args, message, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["ops", *args])
-    assert stop.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and message in line
 
 
-def test_a_checkout_that_is_none_is_told_of(tmp_path, capsys):
-    args = [*SMALL, "--op", "rope", "--implementation", "published", "--published", str(tmp_path)]
-    main(args)
-    said = capsys.readouterr()
-    assert "published" in said.out + said.err
+@pytest.mark.parametrize("command", [SMALL, ["traffic"], ["device", "--out", "nowhere"]])
+def test_a_checkout_that_is_none_is_one_error(command, tmp_path, capsys):
+    assert main([*command, "--published", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"--published: {tmp_path} is no checkout of erwold/mv-split: expected" in line
 
 
 def test_the_share_of_the_copy_is_of_forward_and_backward():
