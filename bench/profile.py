@@ -167,7 +167,7 @@ OF_CALLS, OF_STEPS = ("batch", "tokens", "dtype"), ("preset", "set", "trace", "n
 
 def command(args):
     opt.writable(args.json)
-    opt.writable(args.trace, "--trace")
+    ranges.check_options(args)
     _fit_together(args)
     device = opt.device(args)
     with opt.progress("profile") as progress:

@@ -8,6 +8,7 @@ running a checkpointed block again, is seen apart.
 
 import contextlib
 import functools
+import importlib.util
 import statistics
 import time
 from collections import Counter, defaultdict
@@ -18,6 +19,7 @@ from unittest import mock
 import torch
 from torch.autograd.graph import get_gradient_edge
 
+from bench import options as opt
 from mvsplit_ops import reference
 from mvsplit_ops._register import Op
 
@@ -94,7 +96,8 @@ def nvtx(of):
     """A span that Nsight Systems and Nsight Compute see (the nvtx package; no GPU is needed)."""
     import nvtx
 
-    return nvtx.annotate(f"{of.name} {of.direction}", domain=OPERATOR, payload=of.block or 0)
+    message = str(of).removeprefix(f"{OPERATOR}: ")
+    return nvtx.annotate(message, domain=OPERATOR, category=of.name)
 
 
 def spans(*of):
@@ -116,6 +119,13 @@ def add_options(p):
     p.add_argument(
         "--trace", type=Path, metavar="FILE", help="write a Chrome trace of one step (Perfetto)"
     )
+
+
+def check_options(args):
+    """ValueError or RuntimeError, before anything is measured, where they cannot be met."""
+    opt.writable(args.trace, "--trace")
+    if args.nvtx and importlib.util.find_spec("nvtx") is None:
+        raise RuntimeError("--nvtx: the nvtx package is not installed; run pip install nvtx")
 
 
 @contextlib.contextmanager

@@ -307,7 +307,7 @@ def options(p):
 
 def command(args):
     opt.writable(args.json)
-    opt.writable(args.trace, "--trace")
+    ranges.check_options(args)
     device = opt.device(args)
     name, overrides = workload.configuration(args, device)
     fused = workload.fused_by_default(device)

@@ -153,7 +153,7 @@ def test_the_command_prints_records_traces_and_marks(tmp_path, monkeypatch, caps
     marks, annotate = [], nvtx.annotate
 
     def seen(message, **options):
-        marks.append((message, options["domain"], options["payload"]))
+        marks.append((message, options["domain"], options["category"]))
         return annotate(message, **options)
 
     monkeypatch.setattr(nvtx, "annotate", seen)
@@ -165,7 +165,7 @@ def test_the_command_prints_records_traces_and_marks(tmp_path, monkeypatch, caps
     assert json.loads(record.read_text())["kind"] == "in_loop"
     names = {e.get("name") for e in json.loads(trace.read_text())["traceEvents"]}
     assert {str(Range("swiglu", "bwd", b)) for b in range(4)} <= names
-    assert ("mvsplit_rmsnorm fwd", "mvsplit", 3) in marks
+    assert ("mvsplit_rmsnorm bwd of block 3", "mvsplit", "mvsplit_rmsnorm") in marks
 
 
 @pytest.mark.parametrize(
@@ -183,6 +183,12 @@ def test_the_command_prints_records_traces_and_marks(tmp_path, monkeypatch, caps
 def test_what_does_not_fit_is_one_line(args, message, capsys):
     assert main(["profile", *args]) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_without_the_nvtx_package_the_remedy_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(ranges.importlib.util, "find_spec", lambda name: None)
+    assert main(["profile", "--in-loop", "--nvtx"]) == 2
+    assert "pip install nvtx" in capsys.readouterr().err
 
 
 def test_spans_are_nested_in_order():
