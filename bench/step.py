@@ -180,11 +180,14 @@ def parts_of(events, cuda):
         if cuda:
             own = event.self_device_time_total
         else:  # what is no operation is Python, autograd's engine or a range: a gap
-            own = event.self_cpu_time_total if "::" in event.name else 0.0
+            works = "::" in event.name or _INDUCTOR in event.name
+            own = event.self_cpu_time_total if works else 0.0
         if own and not event.name.startswith("autograd::"):
             seconds[_part(event)] += own / 1e6
     return seconds
 
+
+_INDUCTOR = "CompiledFxGraph"  # the loops that torch.compile wrote, on a CPU
 
 # The first that fits an operation's name; what fits none is pointwise, a reduction or a copy.
 _NAMES = (
