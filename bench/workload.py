@@ -9,6 +9,7 @@ import mvsplit_ops as mv
 from model.config import CONTENDERS, PRESETS, RESIDUALS, parse_overrides, preset
 from model.data import open_dataset
 from model.dit import build
+from model.heap import keep_freed_memory
 from model.optim import make_optimizer
 from model.step import Batch, draw_batch, gradient_norm, gradients, prepare, update
 from mvsplit_ops import _backends
@@ -68,6 +69,7 @@ class Workload:
 
     def __init__(self, config):
         self.config, self.device = config, prepare(config)
+        keep_freed_memory()  # here time counts, for every implementation alike
         self.model = build(config, self.device)
         self.optimizer = make_optimizer(self.model, config)
         self.dataset = None if _random(config) else open_dataset(config)
