@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+import mvsplit_ops as mv
 from bench import options as opt
 from bench import records, tables
 from bench.machine import describe_machine, describe_run
@@ -93,11 +94,13 @@ def steps_for(device, out, published=None):
 
 
 def in_loop_batch(device):
-    """The largest of IN_LOOP_BATCHES whose planned step fits the GPU; 1 where none does."""
+    """The largest of IN_LOOP_BATCHES whose planned eager step fits the GPU; 1 where none does."""
     memory = torch.cuda.get_device_properties(device).total_memory
     for batch in IN_LOOP_BATCHES:
         config = preset(IN_LOOP, batch=batch, micro_batch=0, probes=False)
-        if plan(config).peak() <= FREE_MEMORY * memory:
+        with mv.use_backend("reference"):  # it keeps the most for backward
+            peak = plan(config).peak()
+        if peak <= FREE_MEMORY * memory:
             return batch
     return IN_LOOP_BATCHES[-1]
 

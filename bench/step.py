@@ -56,15 +56,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Steps:
+    """A run, its rows, and {variant: why it was not timed}."""
+
     run: dict
     rows: list[Row]
+    failed: dict[str, str]
 
     def to_json(self):
         return {"kind": "step", **asdict(self)}
 
     @classmethod
     def from_json(cls, record):
-        return cls(record["run"], [Row(**row) for row in record["rows"]])
+        return cls(record["run"], [Row(**row) for row in record["rows"]], record["failed"])
 
 
 def measure(name, overrides, variants, repeats, traced=None, marked=False, progress=None):
@@ -74,23 +77,33 @@ def measure(name, overrides, variants, repeats, traced=None, marked=False, progr
     variant's profiled step; marked: NVTX ranges in the profiled steps.
     """
     progress = progress or (lambda what, of: None)
-    steps = 2 + len({residual for residual, *_ in variants}) + len(variants)
+    steps = 2 + len({residual for residual, *_ in variants}) + 2 * len(variants)
     run, config = describe_run(), preset(name, **overrides)
     workloads = {}
     for residual in dict.fromkeys(residual for residual, *_ in variants):
         progress(f"{residual}: building", steps)
         workloads[residual] = Workload(workload.with_residual(name, overrides, residual))
+    fit, failed = [], {}
+    for variant in variants:
+        progress(f"first step: {', '.join(variant)}", steps)
+        why = _out_of_memory(workloads[variant[0]], *variant[1:])
+        if why:
+            failed[", ".join(variant)] = why
+        else:
+            fit.append(variant)
+    if not fit:
+        raise RuntimeError(f"no step fits in memory: {'; '.join(failed.values())}; try --batch 1")
     progress("timing", steps)
     device = next(iter(workloads.values())).device
-    calls = {variant: _calls(workloads[variant[0]], *variant[1:]) for variant in variants}
+    calls = {variant: _calls(workloads[variant[0]], *variant[1:]) for variant in fit}
     seconds = interleaved(calls, repeats, Timer(device))
     rows = []
-    for variant in variants:
+    for variant in fit:
         progress(f"splitting up: {', '.join(variant)}", steps)
-        trace = traced if variant == variants[-1] else None
+        trace = traced if variant == fit[-1] else None
         rows.append(_row(workloads[variant[0]], variant, seconds[variant], trace, marked))
     progress("matrix product", steps)
-    cpu = any(implementation == "cpu" for _, implementation, _ in variants)
+    cpu = any(implementation == "cpu" for _, implementation, _ in fit)
     run |= {
         **describe_machine(device, "cpu" if cpu else None),
         "preset": name,
@@ -98,7 +111,20 @@ def measure(name, overrides, variants, repeats, traced=None, marked=False, progr
         "repeats": repeats,
         "matmul_flops_per_second": matmul_rate(device, _matmul_dtype(config)),
     }
-    return Steps(run, rows)
+    return Steps(run, rows, failed)
+
+
+def _out_of_memory(load, implementation, checkpointing):
+    """Why a first step finds no memory, in a line; None when it does."""
+    try:
+        with load.running(implementation, checkpointing):
+            load.step()
+            load.synchronize()
+    except torch.OutOfMemoryError as error:
+        load.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        return str(error).splitlines()[0]
+    return None
 
 
 def _calls(load, implementation, checkpointing):
@@ -273,6 +299,7 @@ def notes(steps):
         f"Medians of {run['repeats']} steps taken in turn, the loader's wait not in them. FLOPs of "
         "the model's matrix products and attention, those computed again not counted; matmul: "
         f"{run['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s, measured in this run.",
+        *(f"{variant}: {why}" for variant, why in steps.failed.items()),
     )
 
 

@@ -28,7 +28,7 @@ def test_variants_are_timed_in_turn_and_split_up():
         "collapse100", SMALL, variants, 2, progress=lambda what, of: said.append(of)
     )
     assert [(r.residual, r.implementation, r.checkpointing) for r in result.rows] == variants
-    assert said == [8] * 8
+    assert said == [12] * 12
     for row in result.rows:
         assert row.gradients > 0 and row.update > 0 and row.loader > 0
         assert list(row.breakdown) == list(step.PARTS)
@@ -52,6 +52,23 @@ def test_recomputing_takes_less_memory():
             load.step()
             peaks[policy] = step._peak_bytes(load, "cpu")
     assert peaks["full"] < 0.8 * peaks["none"]
+
+
+def test_a_policy_that_finds_no_memory_is_told_and_the_others_are_timed(monkeypatch, capsys):
+    right = Workload.step
+
+    def full_memory(load):
+        if load.model.config.checkpointing == "none":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB\nmore")
+        right(load)
+
+    monkeypatch.setattr(Workload, "step", full_memory)
+    variants = [("mvsplit", "cpu", policy) for policy in ("none", "full")]
+    result = step.measure("collapse100", SMALL, variants, 1)
+    assert [row.checkpointing for row in result.rows] == ["full"]
+    assert result.failed == {"mvsplit, cpu, none": "CUDA out of memory. Tried to allocate 1 TiB"}
+    with pytest.raises(RuntimeError, match="no step fits in memory"):
+        step.measure("collapse100", SMALL, variants[:1], 1)
 
 
 def test_a_model_serves_every_implementation_and_is_left_as_it_was():
@@ -117,8 +134,10 @@ def test_the_table_compares_with_the_first_and_with_the_matrix_products():
     config = {"depth": 1, "dim": 1, "batch": 1, "precision": "fp32", "data": "shapes"}
     run = {"device": "d", "threads": 1, "preset": "p", "repeats": 1, "torch": "t", "date": "d"}
     run |= {"commit": "c", "config": config, "matmul_flops_per_second": 2e12}
-    steps = step.Steps(run, [a_row("eager", 1.0), a_row("cpu", 0.0)])
+    rows = [a_row("eager", 1.0), a_row("cpu", 0.0)]
+    steps = step.Steps(run, rows, {"mvsplit, cpu, none": "out of memory"})
     columns = {c.header: list(c.cells) for c in step.table(steps).columns}
+    assert "mvsplit, cpu, none: out of memory" in step.table(steps).caption
     assert columns["to the first"] == ["1.000x", "0.500x"]
     assert columns["TFLOP/s"] == ["0.5", "1"] and columns["% matmul"] == ["25.0", "50.0"]
     shares = {c.header: list(c.cells) for c in step.breakdown_table(steps).columns}
