@@ -20,7 +20,7 @@ def outcomes(steps, tmp_path, seconds=60.0):
 
 @pytest.mark.parametrize("where", ["cpu", "cuda:1"])
 def test_every_step_is_a_command_that_exists(where, tmp_path, monkeypatch):
-    monkeypatch.setattr(device, "in_loop_batch", lambda device: 8)
+    monkeypatch.setattr(device, "in_loop_size", lambda device: (8, "bf16"))
     steps = device.steps_for(where, tmp_path, tmp_path / "checkout")
     assert "pytest" in steps[0].command and "report" in steps[-1].command  # correctness is first
     for path in (part for part in steps[0].command if part.startswith("tests/")):
@@ -37,22 +37,24 @@ def test_every_step_is_a_command_that_exists(where, tmp_path, monkeypatch):
     assert {command for command, _ in ran} == commands and ("profile", True) in ran
 
 
-def test_the_largest_batch_that_fits_is_taken(monkeypatch):
+def test_the_largest_step_that_fits_is_taken(monkeypatch):
     class Plan:
-        def __init__(self, batch):
-            self.batch = batch
+        def __init__(self, config):
+            self.bytes = config.batch * (10 if config.precision == "bf16-autocast" else 5)
 
         def peak(self):
-            return 10 * self.batch
+            return self.bytes
 
     class Properties:
         total_memory = 100
 
-    monkeypatch.setattr(device, "plan", lambda config: Plan(config.batch))
+    monkeypatch.setattr(device, "plan", Plan)
     monkeypatch.setattr(device.torch.cuda, "get_device_properties", lambda d: Properties)
-    assert device.in_loop_batch("cuda") == 8
+    assert device.in_loop_size("cuda") == (8, "bf16-autocast")
+    Properties.total_memory = 25
+    assert device.in_loop_size("cuda") == (4, "bf16")
     Properties.total_memory = 1
-    assert device.in_loop_batch("cuda") == 1
+    assert device.in_loop_size("cuda") == (4, "bf16")
 
 
 def test_a_failure_is_told_and_the_next_step_runs(tmp_path):
