@@ -56,7 +56,7 @@ class Outcome:
 
 def steps_for(device, out, published=None):
     """The steps on a device, the most important first; records go into the folder `out`."""
-    bench = (sys.executable, "-m", "bench")
+    bench = (sys.executable, "-u", "-m", "bench")
     tests = [f"tests/test_{op}.py" for op in _backends.OPS]
     pytest = (sys.executable, "-m", "pytest", "-n", "auto", "-q", "--maxfail=20")
     peers = ("--published", str(published)) if published else ()
@@ -110,6 +110,9 @@ def in_loop_size(device):
 
 def run(steps, out, seconds, progress=lambda what, of: None):
     """Run the steps in their order; yields an Outcome each. The last one has time kept back."""
+    # A shell's background job ignores interrupts, and what it starts would too.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     start = time.monotonic()
     for i, step in enumerate(steps):
         last = step is steps[-1]

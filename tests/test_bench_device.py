@@ -1,6 +1,7 @@
 """What a fresh GPU machine records: commands that exist, in order, in time."""
 
 import json
+import signal
 import sys
 
 import pytest
@@ -11,7 +12,7 @@ from bench.device import Step
 
 
 def python(code, most=1.0, name="a step"):
-    return Step(name, (sys.executable, "-c", code), most)
+    return Step(name, (sys.executable, "-u", "-c", code), most)
 
 
 def outcomes(steps, tmp_path, seconds=60.0):
@@ -27,7 +28,7 @@ def test_every_step_is_a_command_that_exists(where, tmp_path, monkeypatch):
         assert (device.ROOT / path).is_file()
     ran = set()
     for step in steps[1:]:
-        module, command, *rest = step.command[2:]
+        module, command, *rest = step.command[3:]
         args = parser().parse_args([command, *rest])
         assert module == "bench" and 0 < step.most <= 0.5
         if command != "report":
@@ -76,6 +77,15 @@ def test_a_step_that_takes_too_long_is_interrupted_and_keeps_its_records(tmp_pat
     long, after = outcomes([python(code, most=0.05), python("print(1)")], tmp_path)
     assert long.exit is None and "stopped after 3 s" in long.said
     assert kept.read_text() == "begun, interrupted" and after.exit == 0
+
+
+def test_steps_can_be_interrupted_where_this_process_cannot(tmp_path):
+    """Started in the background by a shell, it ignores interrupts."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        test_a_step_that_takes_too_long_is_interrupted_and_keeps_its_records(tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_what_ignores_the_interrupt_is_ended(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """pytest bench --benchmark-only: it keeps a run, and fails where a later one is slower."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -19,7 +20,10 @@ def pytest_bench(store, *options):
         "no:cacheprovider",
     ]
     command += ["-k", "residual_rmsnorm and cpu and backward", f"--benchmark-storage={store}"]
-    return subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
+    # A worker of xdist tells its children so, and they would not time anything.
+    alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    command += options
+    return subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True)
 
 
 def test_a_call_that_is_slower_than_the_saved_run_fails(tmp_path):
