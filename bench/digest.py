@@ -55,7 +55,8 @@ class Found:
     def measured(self):
         """What a newer record replaces this one in."""
         run = [
-            self.run.get(n) for n in ("device", "shape", "backend", "blocks", "preset", "config")
+            self.run.get(n)
+            for n in ("device", "threads", "shape", "backend", "blocks", "preset", "config")
         ]
         return json.dumps([run, *(self.record.get(n) for n in ("kind", "op", "matmul_dtype"))])
 

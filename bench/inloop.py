@@ -19,7 +19,7 @@ from bench.cases import CASES
 from bench.machine import describe_machine, describe_run
 from bench.profile import PAPER_MS
 from bench.ranges import PARTS, Clock, Range, labelled, nvtx, record_function, spans
-from bench.timing import Timer, interleaved, no_collection
+from bench.timing import Timer, interleaved, no_collection, profiler
 from bench.workload import EAGER, Workload
 from model.config import preset, recomputed_blocks
 
@@ -122,13 +122,13 @@ def _with_ranges(workload, implementation, traced, marked):
     marks = [nvtx] if marked else []
     cuda = torch.device(workload.device).type == "cuda"
     if cuda or traced:
-        profiler = _profiler(cuda)
-        profiled = _take(workload, implementation, spans(record_function, *marks), 1, profiler)
+        profile = profiler(workload.device)
+        profiled = _take(workload, implementation, spans(record_function, *marks), 1, profile)
         if traced:
-            profiler.export_chrome_trace(str(traced))
+            profile.export_chrome_trace(str(traced))
     if cuda:
         calls, (wall,) = profiled
-        return _rows(implementation, calls, self_times(profiler.events())), 1e3 * wall
+        return _rows(implementation, calls, self_times(profile.events())), 1e3 * wall
     clock = Clock()
     calls, walls = _take(workload, implementation, spans(clock, *marks), TAKES, clock)
     return _rows(implementation, calls, clock.medians()), 1e3 * statistics.median(walls)
@@ -153,11 +153,6 @@ def _take(workload, implementation, span, takes, around):
                 workload.synchronize()
                 walls.append(time.perf_counter() - start)
     return calls, walls
-
-
-def _profiler(cuda):
-    kinds = torch.profiler.ProfilerActivity
-    return torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA] if cuda else [kinds.CPU])
 
 
 def self_times(events):

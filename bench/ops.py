@@ -20,7 +20,7 @@ from bench import peers, records, tables
 from bench.accuracy import Inaccurate, Judge, cotangents_of, forward_backward
 from bench.cases import Shape
 from bench.machine import copy_bandwidth, describe_machine, describe_run
-from bench.timing import Replay, Timer, input_sets, samples
+from bench.timing import Replay, Timer, input_sets, profiler, samples
 from model.heap import keep_freed_memory
 from mvsplit_ops import _backends
 from mvsplit_ops.__main__ import DTYPES
@@ -200,12 +200,11 @@ def _launches(forward, backward):
     """Kernels, copies and fills that a call gives the GPU, forward and backward."""
 
     def count(call, *args):
-        kinds = torch.profiler.ProfilerActivity
         torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as profiler:
+        with profiler("cuda") as profile:
             result = call(*args)
             torch.cuda.synchronize()
-        return sum(e.device_type == DeviceType.CUDA for e in profiler.events()), result
+        return sum(e.device_type == DeviceType.CUDA for e in profile.events()), result
 
     launches, outputs = count(forward)
     return launches, count(backward, outputs)[0]

@@ -6,13 +6,12 @@ kernel's own doing. No GPU is needed.
 """
 
 import argparse
-import json
 import math
 from dataclasses import dataclass
 
 import torch
 
-from bench import cost, records, tables
+from bench import cost, digest, records, tables
 from bench import options as opt
 from bench.cases import Shape
 from bench.cost import FLOOR, LAUNCH_SECONDS, OPERATORS
@@ -182,13 +181,12 @@ def _source(record):
 
 
 def newest(found):
-    """The last record of each kind, machine, backend, operator and shape, or configuration."""
+    """The last record of each thing that was measured, in the order of `found`."""
     last = {}
     for record in found:
-        run = (record["run"].get(name) for name in ("backend", "shape", "preset", "config"))
-        key = json.dumps([record["kind"], _device(record), record.get("op"), *run])
-        last.pop(key, None)  # what is kept stays in the order of its dates
-        last[key] = record
+        measured = digest.Found("", record).measured
+        last.pop(measured, None)
+        last[measured] = record
     return list(last.values())
 
 

@@ -15,7 +15,7 @@ from bench import options as opt
 from bench import ranges, records, tables, workload
 from bench.machine import describe_machine, describe_run, matmul_rate
 from bench.ranges import Range, labelled, nvtx, record_function, spans
-from bench.timing import Timer, interleaved, no_collection
+from bench.timing import Timer, interleaved, no_collection, profiler
 from bench.workload import COMPILE, COMPILED, EAGER, Workload, compiles
 from model.config import CONTENDERS, RESIDUALS, preset
 from model.plan import POLICIES, LiveBytes, plan
@@ -67,7 +67,7 @@ class Steps:
 
     @classmethod
     def from_json(cls, record):
-        return cls(record["run"], [Row(**row) for row in record["rows"]], record["failed"])
+        return cls(record["run"], [Row(**row) for row in record["rows"]], record.get("failed", {}))
 
 
 def measure(name, overrides, variants, repeats, traced=None, marked=False, progress=None):
@@ -177,8 +177,6 @@ def _split_up(load, implementation, traced, marked):
     On a GPU parts are kernels, on a CPU the self time of operations.
     """
     cuda = torch.device(load.device).type == "cuda"
-    kinds = torch.profiler.ProfilerActivity
-    activities = [kinds.CPU, kinds.CUDA] if cuda else [kinds.CPU]
     span = spans(record_function, *([nvtx] if marked else []))
     found = []
     # There are no ranges in compiled code: eager operators in it are pointwise like the rest.
@@ -186,14 +184,14 @@ def _split_up(load, implementation, traced, marked):
     with ranges_on, no_collection():
         for _ in range(1 if cuda else TAKES):
             load.synchronize()
-            with torch.profiler.profile(activities=activities) as profiler:
+            with profiler(load.device) as profile:
                 load.gradients()
                 with span(UPDATE):
                     load.update()
                 load.synchronize()
-            found.append(parts_of(profiler.events(), cuda))
+            found.append(parts_of(profile.events(), cuda))
     if traced:
-        profiler.export_chrome_trace(str(traced))
+        profile.export_chrome_trace(str(traced))
     return min(found, key=lambda parts: sum(parts.values()))
 
 

@@ -59,6 +59,13 @@ def samples(calls, repeats, timer):
     return seconds
 
 
+def profiler(device):
+    """PyTorch's profiler of the CPU and, where the device is one, of the GPU's kernels."""
+    kinds = torch.profiler.ProfilerActivity
+    cuda = torch.device(device).type == "cuda"
+    return torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA] if cuda else [kinds.CPU])
+
+
 @contextlib.contextmanager
 def no_collection():
     """No garbage collection within the block: it would walk through what watches a step."""
