@@ -1,9 +1,7 @@
 """python -m model <command>: train deep Diffusion Transformers, and look at what they do."""
 
-import argparse
 import dataclasses
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -13,130 +11,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from model import config as configuration
-from model.config import FIELDS, PRESETS, UsageError
+from model.config import UsageError
+from model.options import DEFAULT_PRESET, PLACE, parser
 
 INTERRUPTED = 130
-DEFAULT_PRESET = "tiny"
-PLACE = ("device", "threads", "backend", "data_path")  # what does not change what a run means
-
-
-def parser():
-    top = argparse.ArgumentParser(prog="python -m model", description=__doc__)
-    commands = top.add_subparsers(dest="command", required=True)
-
-    p = _command(commands, "train", train, "train a model, or go on with a run")
-    _add_config(p)
-    p.add_argument("--out", type=Path, metavar="RUN", help="its folder (default: runs/PRESET)")
-    p.add_argument("--resume", default="auto", metavar="auto|never|PATH",
-                   help="auto: go on where the run stands; never: begin; or from a checkpoint "
-                   "(default: %(default)s)")  # fmt: skip
-    p.add_argument("--quiet", action="store_true", help="no progress on the terminal")
-
-    p = _command(commands, "info", info, "parameters, FLOPs and memory, before allocating any")
-    _add_config(p)
-    p.add_argument(
-        "--measure",
-        action="store_true",
-        help="take two real steps here and set their memory beside the prediction",
-    )
-
-    p = _command(commands, "demo", demo, "watch a collapse: three residuals side by side, CPU")
-    p.add_argument("preset", nargs="?", default="collapse100",
-                   choices=[n for n in PRESETS if n.startswith("collapse")])  # fmt: skip
-    _add_set(p)
-    p.add_argument("--out", type=Path, metavar="DIR", help="(default: runs/demo-PRESET)")
-
-    p = _command(commands, "sample", sample, "images from a run, a PNG grid and how it was made")
-    _add_run(p)
-    p.add_argument("--caption", nargs="+", metavar="TEXT", help="(default: n different ones)")
-    p.add_argument("-n", type=positive, default=16, help="images (default: %(default)s)")
-    _add_sampling(p)
-    p.add_argument("--out", type=Path, metavar="FILE.png", help="(default: in the run's samples/)")
-
-    p = _command(commands, "eval", evaluate, "share of samples that match their captions (shapes)")
-    _add_run(p)
-    p.add_argument("-n", type=positive, default=64, help="images (default: %(default)s)")
-    _add_sampling(p)
-    p.add_argument("--json", type=Path, metavar="FILE", help="write the shares here too")
-
-    p = _command(commands, "export", export, "write a run's weights to a file")
-    _add_run(p)
-    p.add_argument(
-        "--to",
-        required=True,
-        choices=("official", "safetensors"),
-        help="official: the published model.pt; safetensors: with the configuration",
-    )
-    p.add_argument("--out", type=Path, required=True, metavar="FILE")
-
-    p = _command(commands, "import", import_, "make a run of a file of weights, strictly")
-    p.add_argument("file", type=Path, help="model.pt of the published layout, or .safetensors")
-    _add_config(p, default=None)
-    p.add_argument("--out", type=Path, required=True, metavar="RUN")
-    return top
-
-
-def _command(commands, name, run, help):
-    p = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
-    p.set_defaults(run=run)
-    return p
-
-
-def _add_config(p, default=DEFAULT_PRESET):
-    p.add_argument(
-        "preset",
-        nargs="?",
-        metavar="PRESET",
-        help=f"{', '.join(PRESETS)} (default: {default or 'what the file says'})",
-    )
-    p.add_argument("--config", type=Path, metavar="FILE", help="a run's config.json, for a preset")
-    _add_set(p)
-
-
-def _add_set(p):
-    lines = [
-        f"  {name:15} {f.metadata['help'].replace('%', '%%')}"
-        + ("" if f.metadata["paper"] else " *")
-        for name, f in FIELDS.items()
-    ]
-    p.formatter_class = argparse.RawDescriptionHelpFormatter
-    p.epilog = "\n".join(["fields (* not stated in the paper):", *lines])
-    p.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
-                   help="fields to change, listed below")  # fmt: skip
-
-
-def _add_run(p):
-    p.add_argument("run_folder", type=Path, metavar="RUN", help="a run, or one of its checkpoints")
-    p.add_argument("--average", action="store_true", help="the averaged weights (--set ema=...)")
-    p.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
-                   help=", ".join(PLACE))  # fmt: skip
-
-
-def _add_sampling(p):
-    p.add_argument("--seed", type=int, default=0, help="of the first image; the next has the next")
-    p.add_argument("--steps", type=positive, default=25, help="of integration (default: 25)")
-    p.add_argument("--guidance", type=finite, default=2.0, help="scale; 1: none (default: 2)")
-    p.add_argument("--method", choices=("euler", "heun"), default="euler")
-
-
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def finite(text):
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
-    return value
+COLLAPSED = 3
 
 
 def train(args):
+    from model.collapse import Collapsed
     from model.train import train
 
     config = _config(args)
+    guard = args.guard or ("stop" if config.probes else "off")
     if args.config and not args.out:
         raise UsageError("--config: name the run's folder too, --out RUN")
     out = args.out or Path("runs") / (args.preset or DEFAULT_PRESET)
@@ -145,6 +32,8 @@ def train(args):
 
         def on_step(step, steps, metrics):
             if metrics:
+                for signal in metrics.get("signals", ()):
+                    bar.console.print(f"step {step}: {metrics['guard']}: {signal}", highlight=False)
                 tcs = metrics["layerwise"].get("tcs")
                 depth = f" TCS {list(tcs.values())[-1]:.3f}" if tcs else ""
                 line = f"loss {metrics['loss']:.3f} |g| {metrics['grad_norm']:.2g}{depth}"
@@ -153,10 +42,15 @@ def train(args):
                     print(f"step {step}/{steps} {line}", flush=True)
             bar.update(task, completed=step, total=steps)
 
-        last = train(config, out, args.resume, on_step=on_step)
+        try:
+            last = train(config, out, args.resume, guard, on_step)
+        except Collapsed as error:
+            print(f"python -m model train: {error}", file=sys.stderr)
+            return COLLAPSED
     if not args.quiet:
         done = f"step {last['step']}, loss {last['loss']:.4f}" if last else "nothing left to do"
         print(f"{out}: {done}; python -m model sample {out}")
+    return 0
 
 
 def info(args):
@@ -217,6 +111,34 @@ def _demo_table(demonstration, table, config, trivial):
         figures = [f"{loss:.3f}", f"{tcs:.4f}", *("inf" if v is None else f"{v:.3g}" for v in (rho, ratio))]  # fmt: skip  # noqa: E501
         view.add_row(name, step, *figures, f"{seconds:.3f}", verdict)
     return view
+
+
+def diagnose(args):
+    from model import diagnose
+
+    found, picture = diagnose.diagnose(args.trace, args.out, args.json)
+    for line in diagnose.report(found):
+        print(line)
+    print(f"picture: {picture}")
+
+
+def study(args):
+    from model import study
+
+    quiet = not sys.stderr.isatty()
+    with _progress(quiet) as (bar, task):
+
+        def show(done, steps):
+            bar.update(task, completed=done, total=steps, description=f"{args.study}, steps")
+
+        results, paths = study.run(
+            args.study, args.out, args.seeds, args.blocks, args.steps, show
+        )  # fmt: skip
+    console = _console()
+    console.print(study.table(results))
+    for line in study.conclusions(results):
+        console.print(line, highlight=False)
+    console.print(f"written: {', '.join(map(str, paths))}", highlight=False)
 
 
 def sample(args):
@@ -342,10 +264,16 @@ def _console():
     return Console(width=None if sys.stdout.isatty() else 150)
 
 
+COMMANDS = {
+    "train": train, "info": info, "demo": demo, "diagnose": diagnose, "study": study,
+    "sample": sample, "eval": evaluate, "export": export, "import": import_,
+}  # fmt: skip
+
+
 def main(argv=None):
-    args = parser().parse_args(argv)
+    args = parser(__doc__).parse_args(argv)
     try:
-        args.run(args)
+        return COMMANDS[args.command](args) or 0
     except (ValueError, RuntimeError, OSError) as error:
         print(f"python -m model {args.command}: {error}", file=sys.stderr)
         return 2
@@ -353,7 +281,6 @@ def main(argv=None):
         print(f"python -m model {args.command}: interrupted; what was saved stands, "
               "the same command goes on from it", file=sys.stderr)  # fmt: skip
         return INTERRUPTED
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Checkpoints that a kill at any moment leaves whole.
 
-    RUN/checkpoints/step-00000010/   meta.json, model-*.safetensors, adamw-*, average-*
+    RUN/checkpoints/step-00000010/   meta.json, model-*.safetensors, adamw-*, average-*, guard.json
     RUN/checkpoints/latest           the name of the newest whole one
 
 Everything is written to a folder with another name, synchronised and renamed; `latest` follows, and
@@ -24,9 +24,10 @@ from model.dit import build, without_weights_of_ones
 FORMAT = "mvsplit-checkpoint-1"
 SHARD_BYTES = 4 << 30  # of a file; what is copied from the device at a time
 LATEST = "latest"
+GUARD = "guard.json"
 
 
-def save(run, step, config, fingerprint, model, optimizer=None, average=None):
+def save(run, step, config, fingerprint, model, optimizer=None, average=None, guard=None):
     """Write RUN/checkpoints/step-N of the state after `step` updates; returns the folder."""
     folder = Path(run) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,6 +44,10 @@ def save(run, step, config, fingerprint, model, optimizer=None, average=None):
     for part, tensors in parts.items():
         for path in _write(partial, part, tensors):
             files[path.name] = path.stat().st_size
+    watched = guard and guard.dump()
+    if watched:
+        _write_text(partial / GUARD, json.dumps(watched))
+        files[GUARD] = (partial / GUARD).stat().st_size
     meta = {
         "format": FORMAT, "step": step, "config": dataclasses.asdict(config),
         "config_hash": config.hash, "data": fingerprint, "commit": commit(),
@@ -152,7 +157,7 @@ def load_strictly(model, tensors, source):
         ) from error
 
 
-def restore(folder, config, fingerprint, model, optimizer, average):
+def restore(folder, config, fingerprint, model, optimizer, average, guard=None):
     """Put a run back to a checkpoint; returns its step."""
     meta = read_meta(folder)
     changed = configuration.differences(meta["config"], config, but=FREE_ON_RESUME)
@@ -171,6 +176,8 @@ def restore(folder, config, fingerprint, model, optimizer, average):
     if average.tensors and meta["updates"]:
         for name, tensor in _read(folder, "average").items():
             average.tensors[name].copy_(tensor)
+    if guard and GUARD in meta["files"]:
+        guard.load(json.loads((folder / GUARD).read_text()))
     return meta["step"]
 
 

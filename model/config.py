@@ -16,6 +16,7 @@ WRITER_INITS = ("zero", "default", "normal")
 PRECISIONS = ("fp32", "bf16-autocast", "bf16")
 DATASETS = ("shapes", "latents")
 TIMES = ("uniform", "logit_normal")
+GUARDS = ("off", "warn", "stop", "skip")  # model.collapse says what each does
 DEVICES = ("auto", "cpu", "cuda")
 
 

@@ -1,21 +1,11 @@
-"""A collapse to watch: Post-Norm, LayerScale and MV-Split trained side by side on the CPU.
-
-Each is a `python -m model train` of its own, two at a time; this process reads their metrics.
-"""
-
-import subprocess
-import sys
-import time
-from pathlib import Path
+"""A collapse to watch: Post-Norm, LayerScale and MV-Split trained side by side on the CPU."""
 
 from model.config import CONTENDERS, UsageError
-from model.diagnostics import tapped_layers
-from model.train import read_rows
+from model.guard import LOCK_LAST, LOCKED
+from model.runs import Job, train_all
+from model.taps import tapped_layers
 
-PROCESSES = 2
-LOCKED = 0.98  # TCS of the last block above which its tokens are one token
 SMOOTH = 10  # steps whose mean is shown as the loss
-ROOT = Path(__file__).parent.parent
 
 
 def run(preset, folder, overrides, show):
@@ -27,47 +17,8 @@ def run(preset, folder, overrides, show):
     given = sorted(fixed & overrides.keys())
     if given:
         raise UsageError(f"demo sets {', '.join(sorted(fixed))} itself, got {', '.join(given)}")
-    folder = Path(folder)
-    waiting, running = list(CONTENDERS), {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < PROCESSES:
-                name = waiting.pop(0)
-                running[name] = _start(preset, folder / name, {**CONTENDERS[name], **overrides})
-            for name, process in list(running.items()):
-                if process.poll() is not None:
-                    del running[name]
-                    _require_success(name, process)
-            show(rows(folder))
-            time.sleep(0.5)
-    finally:
-        for process in running.values():
-            process.terminate()
-    show(rows(folder))
-    return rows(folder)
-
-
-def _start(preset, folder, overrides):
-    settings = [f"{name}={value}" for name, value in {"device": "cpu", **overrides}.items()]
-    command = [sys.executable, "-m", "model", "train", preset, "--out", str(folder.resolve())]
-    return subprocess.Popen(
-        [*command, "--quiet", "--set", *settings],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
-def _require_success(name, process):
-    if process.returncode:
-        raise UsageError(f"training {name} failed: {process.stderr.read().strip()}")
-
-
-def rows(folder):
-    """{residual: the lines of its metrics.jsonl}."""
-    table = {}
-    for name in CONTENDERS:
-        path = Path(folder) / name / "metrics.jsonl"
-        table[name] = read_rows(path) if path.is_file() else []
-    return table
+    jobs = {name: Job(preset, {**fields, **overrides}) for name, fields in CONTENDERS.items()}
+    return train_all(jobs, folder, show)
 
 
 def trivial_loss(dataset, n=256):
@@ -92,9 +43,10 @@ def summary(name, rows):
     recent = rows[-SMOOTH:]
     loss = sum(row["loss"] for row in recent) / len(recent)
     seconds = sorted(row["seconds_per_step"] for row in rows)[len(rows) // 2]
-    tcs = last_block(rows[-1], "tcs")
-    verdict = "locked" if tcs is not None and tcs > LOCKED else "trains"
-    return loss, tcs, last_block(rows[-1], "rho"), ratio(rows[-1]), seconds, verdict
+    locked = next((row["step"] for row in rows if row.get("guard") == LOCKED), None)
+    verdict = f"locked at step {locked}" if locked else "trains"
+    figures = (last_block(rows[-1], metric) for metric in ("tcs", "rho"))
+    return loss, *figures, ratio(rows[-1]), seconds, verdict
 
 
 def figure(table, depth, trivial, path):
@@ -123,7 +75,7 @@ def figure(table, depth, trivial, path):
     axes[0, 0].axhline(trivial, color="black", linestyle=":", linewidth=1)
     axes[0, 0].annotate("predicting nothing", (0, trivial), xytext=(2, 3),
                         textcoords="offset points", fontsize=8)  # fmt: skip
-    axes[0, 1].axhline(LOCKED, color="black", linestyle=":", linewidth=1)
+    axes[0, 1].axhline(LOCK_LAST, color="black", linestyle=":", linewidth=1)
     for axis in axes[1]:
         axis.set_xlabel("optimizer step")
     axes[0, 1].legend()

@@ -92,8 +92,8 @@ class Attention(nn.Module):
         for name in ("q_proj", "k_proj", "v_proj", "proj"):
             setattr(self, name, nn.Linear(dim, dim, bias=False))
 
-    def forward(self, x, cos, sin):
-        """The heads' outputs (B T, D), which `proj` writes to the trunk."""
+    def forward(self, x, cos, sin, tap=None):
+        """The heads' outputs (B T, D), which `proj` writes to the trunk. tap(q, k) stands for q."""
         B, T, D = x.shape
         rows = x.view(B * T, D)  # a matrix: seven products a block save two views each
         q, k, v = (
@@ -101,6 +101,8 @@ class Attention(nn.Module):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = mv.rope_qk_norm(q, k, cos, sin, eps=QK_EPS, conjugate=True)
+        if tap is not None:
+            q = tap(q, k)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B * T, D)
 
@@ -120,7 +122,7 @@ class Block(nn.Module):
     """Attention and SwiGLU, each merged into the trunk.
 
     The merges have the published checkpoint's name whatever the residual. `probe`, where it is set,
-    sees what every writer reads and writes, and the block's result (model.diagnostics).
+    sees queries and keys, what every writer reads and writes, and the block's result (model.taps).
     """
 
     def __init__(self, config):
@@ -135,23 +137,28 @@ class Block(nn.Module):
     def writers(self):
         return {"attention": self.operator.proj, "ffn": self.ffn.w2}
 
+    @property
+    def merges(self):
+        return {"attention": self.fused_mvsplit_norm1, "ffn": self.fused_mvsplit_norm2}
+
     def forward(self, x, jx, cos, sin, segments):
         """x (B, T, D) and jx, its segment means or None -> the next trunk and its means or None."""
-        operator, ffn = self.operator, self.ffn
-        h = operator(x, cos, sin)
+        operator, ffn, probe = self.operator, self.ffn, self.probe
+        tap = probe and functools.partial(probe.attention, x=x, segments=segments)
+        h = operator(x, cos, sin, tap)
         x, jx = self._merge(
             self.fused_mvsplit_norm1, x, jx, "attention", operator.proj, h, segments
         )
         h = ffn(x)
         x, jx = self._merge(self.fused_mvsplit_norm2, x, jx, "ffn", ffn.w2, h, segments)
-        if self.probe is not None:
-            self.probe.trunk(x, segments)
+        if probe is not None:
+            x = probe.trunk(x, segments)
         return x, jx
 
     def _merge(self, merge, x, jx, name, writer, h, segments):
         f = writer(h).view_as(x)
         if self.probe is not None:
-            f = self.probe.writer(name, h.view(*x.shape[:2], -1), f, segments)
+            f = self.probe.writer(f, name, h, x, segments)
         if self.carry:
             return merge(x, f, segments, jx=jx, carry=True)
         return merge(x, f, segments), None

@@ -79,9 +79,16 @@ def autocast(config, device):
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
 
 
+def gradient_norms(optimizer):
+    """Of each parameter of an optimizer, (n,), in the order of its groups; 0 without a gradient."""
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    none = next(g for g in grads if g is not None).new_zeros(())
+    return torch.stack(torch._foreach_norm([none if g is None else g for g in grads]))
+
+
 def gradient_norm(optimizer):
     """Of all gradients together, 0-d. model.parameters() would walk through every module: 10 ms."""
-    return torch.nn.utils.get_total_norm([p.grad for p in _trained(optimizer)])
+    return torch.linalg.vector_norm(gradient_norms(optimizer))
 
 
 def update(config, step, optimizer, norm):

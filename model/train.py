@@ -14,25 +14,30 @@ import time
 from pathlib import Path
 
 import mvsplit_ops as mv
-from model import checkpoint, diagnostics
+from model import checkpoint
 from model import config as configuration
+from model.collapse import supervise
 from model.config import FREE_ON_RESUME, UsageError
 from model.data import open_dataset
 from model.dit import build
 from model.optim import Average, learning_rate, make_optimizer
-from model.step import draw_batch, gradient_norm, gradients, prepare, update
+from model.step import draw_batch, gradient_norms, gradients, prepare, update
+from model.taps import Recorder
 
 
 class Diverged(RuntimeError):
     """The loss or a gradient is not finite."""
 
 
-def train(config, folder, resume="auto", guard=None, on_step=None):
+def train(config, folder, resume="auto", guard="off", on_step=None):
     """Train to config.steps updates in a run folder; returns the last line of its metrics.
 
     resume   auto: go on where the run stands, or begin; never: begin; a path: from that checkpoint
-    guard    called with a step's metrics before its update; returns go, skip (the update) or stop
+    guard    off, warn, stop or skip (model.guard); or a function that is called with each step's
+             metrics before its update and returns go, skip (the update) or stop
     on_step  called with the step, the number of steps, and the metrics or None
+
+    Raises Collapsed where the guard stops the run, Diverged where a loss or gradient is not finite.
     """
     device = prepare(config)
     dataset = open_dataset(config)
@@ -40,59 +45,71 @@ def train(config, folder, resume="auto", guard=None, on_step=None):
     start_from = _starting_point(config, folder, resume)
     model = build(config, device)
     optimizer = make_optimizer(model, config)
+    recorder = Recorder(model, optimizer, config.probes, config.log_every)
+    guard = supervise(guard, config, folder, recorder.history)
     average = Average(model, config.ema)
     state = config, dataset.fingerprint, model, optimizer, average
     step = 0
     if start_from is not None:
-        step = checkpoint.restore(start_from, *state)
+        step = checkpoint.restore(start_from, *state, guard)
         if _is_of(start_from, folder):
             checkpoint.point_to(start_from)  # also where it is not the newest
     backend = mv_backend(config)
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1) + "\n")
-    probes = diagnostics.attach(model) if config.probes else {}
     if config.compile:
         for block in model.blocks:
-            if block.probe is None:
-                block.compile()
+            block.compile()
     loader = _Loader(config, dataset, step)
 
     with _Metrics(config, folder, step) as log, backend, loader:
+        save_due = False
         while step < config.steps:
             batch = loader.next()
+            step += 1
+            recorder.begin(step)
             loss, quarters = gradients(config, model, batch, device)
-            norm = gradient_norm(optimizer)
-            if not math.isfinite(float(loss + norm)):
-                raise Diverged(
-                    f"step {step + 1}: loss {float(loss):g}, gradient norm {float(norm):g}; the "
-                    "update was not taken and the last checkpoint stands"
-                )
-            metrics = None
-            logged = (step + 1) % config.log_every == 0 or step + 1 == config.steps
-            if logged or guard:
-                metrics = log.measure(step + 1, loss, norm, quarters, probes)
-            verdict = guard(metrics) if guard else "go"
+            norms = gradient_norms(optimizer)
+            norm = norms.norm()
+            recorder.record(step, loss, norms, quarters)
+            logged = step % config.log_every == 0 or step == config.steps
+            metrics = recorder.rows()[-1] if logged or guard.reads else None
+            verdict = _verdict(guard, step, metrics, loss, norm)
             if verdict == "go":
-                update(config, step, optimizer, norm)
+                update(config, step - 1, optimizer, norm)
                 average.update()
             else:
                 optimizer.zero_grad(set_to_none=True)
-            for probe in probes.values():
-                probe.reset()
-            step += 1
-            if logged or verdict != "go":
+            written = logged or verdict != "go" or guard.alert
+            if written:
                 log.write(metrics, loader.waited())
             if on_step:
-                on_step(step, config.steps, metrics)
+                on_step(step, config.steps, metrics if written else None)
             if verdict == "stop":
+                guard.end()
                 return log.last  # the last checkpoint stands: this state is not worth keeping
             if config.sample_every and step % config.sample_every == 0:
                 _sample_grid(config, folder, step, model, dataset, average)
-            if config.save_every and step % config.save_every == 0 and step < config.steps:
-                checkpoint.save(folder, step, *state)
+            save_due |= config.save_every > 0 and step % config.save_every == 0
+            if save_due and not guard.alert and step < config.steps:
+                checkpoint.save(folder, step, *state, guard)
+                save_due = False
         if checkpoint.newest_step(folder) != step:
-            checkpoint.save(folder, step, *state)
+            checkpoint.save(folder, step, *state, guard)
         return log.last
+
+
+def _verdict(guard, step, metrics, loss, norm):
+    """Of the guard: go, skip or stop. The numbers are on the host already where metrics are."""
+    loss, norm = (metrics["loss"], metrics["grad_norm"]) if metrics else (float(loss), float(norm))
+    if math.isfinite(loss + norm):
+        return guard(metrics)
+    if guard.not_finite(metrics) == "skip":
+        return "skip"
+    raise Diverged(
+        f"step {step}: loss {loss:g}, gradient norm {norm:g}; the update was not taken and the "
+        "last checkpoint stands"
+    )
 
 
 def mv_backend(config):
@@ -201,19 +218,9 @@ class _Metrics:
         if self._board:
             self._board.close()
 
-    def measure(self, step, loss, norm, quarters, probes):
-        sums, counts = quarters.tolist()
-        return {
-            "step": step,
-            "loss": float(loss),
-            "grad_norm": float(norm),
-            "lr": learning_rate(self.config, step - 1),
-            "loss_by_t": [s / n if n else None for s, n in zip(sums, counts, strict=True)],
-            "layerwise": diagnostics.read(probes),
-        }
-
     def write(self, metrics, waited):
         now, steps = time.perf_counter(), metrics["step"] - self._since
+        metrics["lr"] = learning_rate(self.config, metrics["step"] - 1)
         metrics["seconds_per_step"] = (now - self._at) / steps
         metrics["data_seconds_per_step"] = waited / steps
         metrics["samples"] = metrics["step"] * self.config.batch

@@ -1,0 +1,172 @@
+"""What is done with what the guard finds: evidence kept, updates skipped, a locked run stopped.
+
+    off    no guard                   stop   LOCKED ends the run
+    warn   it says what it sees       skip   LOCKED ends the run, TRIP skips the update
+
+A TRIP leaves RUN/trip-STEP, LOCKED RUN/collapse-STEP: trace.json, verdict.json with the last good
+checkpoint, and of a collapse trace.png.
+"""
+
+import json
+from pathlib import Path
+
+from model import checkpoint, trace
+from model.config import GUARDS, UsageError
+from model.guard import LOCKED, QUIET, TRIP, Guard
+
+SKIPS = 10  # updates skipped one after another before skipping is given up
+REMEDY = (
+    "go on from there with another residual (--set residual=mvsplit) or a lower lr, in a new --out"
+)
+
+
+class Collapsed(RuntimeError):
+    """The guard stopped a run; `folder` has the evidence."""
+
+    def __init__(self, message, folder):
+        super().__init__(message)
+        self.folder = folder
+
+
+def supervise(guard, config, run, history):
+    """The supervisor of a run: of the guard's mode, or of a function in its place.
+
+    history   the lines of the last steps, newest last (taps.Recorder.history)
+    """
+    if callable(guard):
+        return _Function(guard)
+    if guard in (None, "off"):
+        return Unguarded()
+    if not config.probes:
+        raise UsageError(f"guard={guard} needs what probes measure; pass probes=true, or guard=off")
+    return Supervisor(Guard(config.depth), guard, run, history)
+
+
+class Unguarded:
+    """Lets every step pass. reads: is it called with metrics; alert: is every step of interest."""
+
+    reads, alert = False, False
+
+    def __call__(self, row):
+        return "go"
+
+    def not_finite(self, row):
+        return "stop"
+
+    def end(self):
+        """Called after stop."""
+
+    def dump(self):
+        """What a checkpoint keeps of it, for JSON; None: nothing."""
+        return None
+
+    def load(self, state):
+        """Go on from what `dump` gave."""
+
+
+class _Function(Unguarded):
+    reads = True
+
+    def __init__(self, function):
+        self._function = function
+
+    def __call__(self, row):
+        return self._function(row)
+
+
+class Supervisor(Unguarded):
+    """Acts on what the guard finds. While a TRIP is near it is on the alert: every step is written
+    then, and no checkpoint is, since it would push out the last good one.
+    """
+
+    reads = True
+
+    def __init__(self, guard, mode, run, history):
+        if mode not in GUARDS:
+            raise UsageError(f"guard must be one of {', '.join(GUARDS)}, got {mode!r}")
+        self.guard, self.mode = guard, mode
+        self._run, self._history = Path(run), history
+        self._skipped, self._end, self._step = 0, None, 0
+
+    def __call__(self, row):
+        self._step = row["step"]
+        calm = self.guard.calm(self._step)
+        state = row["guard"] = self.guard.observe(row)
+        if state != QUIET:
+            row["signals"] = self.guard.signals
+        if state == TRIP and calm:
+            self._keep(f"trip-{self._step}")
+        if state == LOCKED:
+            return self._locked(row)
+        if state == TRIP and self.mode == "skip":
+            return self._skip(row)
+        self._skipped = 0
+        return "go"
+
+    @property
+    def alert(self):
+        return self.guard.state != QUIET or not self.guard.calm(self._step)
+
+    def not_finite(self, row):
+        """skip in that mode, while it may help."""
+        return self._skip(row) if self.mode == "skip" and self._skipped < SKIPS else "stop"
+
+    def end(self):
+        raise self._end
+
+    def dump(self):
+        return self.guard.dump()
+
+    def load(self, state):
+        self.guard.load(state)
+
+    def _skip(self, row):
+        self._skipped += 1
+        if self._skipped > SKIPS:
+            return self._stop(row, f"TRIP, and {SKIPS} updates skipped in a row changed nothing")
+        row["skipped"] = True
+        return "skip"
+
+    def _locked(self, row):
+        if self.mode == "warn":
+            if self.guard.counts[LOCKED] == 1:
+                self._keep(f"collapse-{row['step']}", picture=True)
+            return "go"
+        return self._stop(row, f"LOCKED ({'; '.join(self.guard.signals)})")
+
+    def _stop(self, row, why):
+        folder = self._keep(f"collapse-{row['step']}", picture=True)
+        good = _last_good(self._run)
+        where = f"the last good checkpoint is {good}; {REMEDY}" if good else (
+            "no checkpoint was saved before (--set save_every=N); begin again with another "
+            "residual or a lower lr")  # fmt: skip
+        self._end = Collapsed(f"step {row['step']}: {why}. {folder} has the trace; {where}", folder)
+        return "stop"
+
+    def _keep(self, name, picture=False):
+        """Write a folder with the trace, the guard's findings and the last good checkpoint."""
+        folder = _unused(self._run / name)
+        folder.mkdir(parents=True)
+        (folder / "trace.json").write_text(trace.as_json(self._history, self.guard.depth))
+        good = _last_good(self._run)
+        findings = {
+            "first": {s: {"step": n, "signals": why} for s, (n, why) in self.guard.first.items()},
+            "lead": self.guard.lead(), "missing": self.guard.missing(),
+            "last_good_checkpoint": str(good.relative_to(self._run)) if good else None,
+        }  # fmt: skip
+        (folder / "verdict.json").write_text(json.dumps(findings, indent=1) + "\n")
+        if picture:
+            from model.figures import mean_mode_screaming
+
+            mean_mode_screaming(trace.load(folder / "trace.json"), self.guard, folder / "trace.png")
+        return folder
+
+
+def _last_good(run):
+    step = checkpoint.newest_step(run)
+    return None if step is None else checkpoint.find(run)
+
+
+def _unused(folder):
+    names = (folder.name if i == 1 else f"{folder.name}-{i}" for i in range(1, 1000))
+    return next(folder.with_name(n) for n in names if not folder.with_name(n).exists())
