@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench import peers
 from bench.cases import CASES, Shape
-from model.__main__ import positive
+from model.options import positive
 from mvsplit_ops.__main__ import DTYPES
 
 

@@ -53,15 +53,17 @@ SIGNALS = {
 }
 
 
-def signals_of(row, depth):
+def signals_of(row, depth, own=()):
     """{signal: value or None} of a line of metrics, and {signal: what stands in for it}.
 
     Layers are those the line has: the last one stands for the last block, the one nearest to three
     quarters of the depth for that. Where tokens are of one length TCS is rho^2 / (1 + rho^2).
+
+    own   signals for which nothing may stand in, since other lines have them
     """
     stand_ins = {}
     tcs, rho = (_by_layer(row, name) for name in ("tcs", "rho"))
-    if not tcs and rho:
+    if not tcs and rho and "tcs" not in own:
         tcs = {layer: _cosine(value) for layer, value in rho.items()}
         stand_ins["tcs"] = "rho^2 / (1 + rho^2)"
     values = {"loss": row.get("loss"), "grad_norm": row.get("grad_norm")}
@@ -70,11 +72,10 @@ def signals_of(row, depth):
     nearest = min(others, key=lambda layer: abs(layer - 0.75 * depth)) if others else None
     values["tcs_three_quarters"] = None if nearest is None else tcs[nearest]
     values["rho"] = rho[max(rho)] if rho else None
-    totals = {**taps.writer_totals(_finite_layers(row)), **row}
-    G_mean, G_ctr = (_number(totals.get(f"writer_{part}")) for part in ("G_mean", "G_ctr"))
+    G_mean, G_ctr = (_writers(row, part) for part in ("G_mean", "G_ctr"))
     values["ratio"] = _quotient(G_mean, G_ctr)
     values["centred"] = G_ctr
-    if G_ctr is None:
+    if G_ctr is None and "centred" not in own:
         name = next((n for n in ("deep_Q", "global_Q") if _number(row.get(n)) is not None), None)
         if name:
             values["centred"] = row[name]
@@ -90,13 +91,23 @@ def _by_layer(row, metric):
     return {math.inf: _number(row[metric])} if metric in row else {}
 
 
-def _finite_layers(row):
+def _writers(row, part):
+    """writer_G_mean or writer_G_ctr, of the layers where it is not in the line itself."""
+    value = _number(row.get(f"writer_{part}"))
+    if value is not None:
+        return value
     layers = row.get("layerwise", {})
-    return {m: {k: v for k, v in t.items() if _number(v) is not None} for m, t in layers.items()}
+    known = {m: {k: v for k, v in t.items() if _number(v) is not None} for m, t in layers.items()}
+    return taps.writer_totals(known).get(f"writer_{part}")
+
+
+def is_number(value):
+    """Neither None nor NaN nor anything else that a file may hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
 
 
 def _number(value):
-    return None if value is None or math.isnan(value) else value
+    return value if is_number(value) else None
 
 
 def _quotient(a, b):
@@ -153,13 +164,15 @@ class Guard:
         self.warned = None  # the step of the first WATCH or TRIP of the WINDOW before LOCKED
         self._series = {name: Series() for name in ("loss", "grad_norm", "rho", "ratio")}
         self._most_centred, self._running = 0.0, {WATCH: 0, LOCKED: 0}
+        self.own = set()  # signals that were measured themselves, once at least
 
     def observe(self, row, fresh=None):
         """The state after a line of metrics; `signals` says what made it.
 
         fresh   the signals that were measured at this step, if the line repeats older values
         """
-        now, stand_ins = signals_of(row, self.depth)
+        now, stand_ins = signals_of(row, self.depth, self.own)
+        self._note_own({n for n, v in now.items() if v is not None} - stand_ins.keys())
         self.stand_ins |= stand_ins
         self.samples += 1
         given = {name for name, value in now.items() if value is not None}
@@ -183,6 +196,13 @@ class Guard:
         if self.state in (TRIP, LOCKED):
             self.last_trip = row["step"]
         return self.state
+
+    def _note_own(self, names):
+        if "centred" in names - self.own:
+            self._most_centred = 0.0  # so far it was of what stood in
+        for name in names - self.own:
+            self.stand_ins.pop(name, None)
+        self.own |= names
 
     def calm(self, step):
         """Is the last TRIP more than CALM steps ago?"""
@@ -270,7 +290,8 @@ class Guard:
             "series": {name: list(series.samples) for name, series in self._series.items()},
             "most_centred": self._most_centred, "running": self._running, "first": self.first,
             "counts": dict(self.counts), "samples": self.samples, "told": dict(self.told),
-            "stand_ins": self.stand_ins, "last_trip": self.last_trip, "warned": self.warned,
+            "stand_ins": self.stand_ins, "own": sorted(self.own), "last_trip": self.last_trip,
+            "warned": self.warned,
         }  # fmt: skip
 
     def load(self, state):
@@ -282,6 +303,7 @@ class Guard:
         self.first = {name: tuple(found) for name, found in state["first"].items()}
         self.counts, self.told = (collections.Counter(state[n]) for n in ("counts", "told"))
         self.samples, self.stand_ins = state["samples"], dict(state["stand_ins"])
+        self.own = set(state["own"])
         self.last_trip, self.warned = state["last_trip"], state["warned"]
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from model import config as configuration
 from model.config import UsageError
-from model.guard import Guard, signals_of
+from model.guard import Guard, is_number, signals_of
 
 ALIASES = (
     (re.compile(r"(tcs_img|token_sim|TCS)$"), "tcs"),
@@ -36,6 +36,7 @@ class Trace:
     """Lines as in metrics.jsonl, in order of their steps.
 
     fresh   the signals that each line measured; what a line repeats of an earlier one is not
+    own     the signals that some line measured itself, for which nothing stands in
     notes   sentences on what is odd about it
     """
 
@@ -43,6 +44,7 @@ class Trace:
     depth: int
     rows: list
     fresh: list
+    own: set
     notes: list = field(default_factory=list)
 
     @property
@@ -55,7 +57,7 @@ class Trace:
         for row in self.rows:
             table = row if layer is None else row["layerwise"].get(metric, {})
             value = table.get(metric if layer is None else layer)
-            if isinstance(value, (int, float)) and math.isfinite(value):
+            if is_number(value) and math.isfinite(value):
                 points.append((row["step"], value))
         return tuple(zip(*points, strict=True)) or ((), ())
 
@@ -68,6 +70,7 @@ class Trace:
 def replay(trace):
     """A Guard that has seen a whole trace."""
     guard = Guard(trace.depth)
+    guard.own |= trace.own
     for row, fresh in zip(trace.rows, trace.fresh, strict=True):
         guard.observe(row, fresh)
     return guard
@@ -99,7 +102,8 @@ def _of_lines(path, text):
         try:
             row = json.loads(line)
             row["step"] = int(row["step"])
-            row["layerwise"] = {m: dict(t) for m, t in (row.get("layerwise") or {}).items()}
+            layers = (row.get("layerwise") or {}).items()
+            row["layerwise"] = {m: {str(int(k)): v for k, v in t.items()} for m, t in layers}
         except (ValueError, KeyError, TypeError, AttributeError):
             cut += 1
             continue
@@ -113,8 +117,7 @@ def _of_lines(path, text):
     if beside.is_file():
         depth = configuration.read(beside).depth
     depth = depth or _depth_of_layers(rows, notes)
-    fresh = [_told(row, depth) for row in rows]
-    return Trace(str(path), depth, rows, fresh, notes)
+    return Trace(str(path), depth, rows, *_told(rows, depth), notes)
 
 
 def _of_file(path, text):
@@ -122,7 +125,7 @@ def _of_file(path, text):
         data = json.loads(text)
         scalars, layerwise = data.get("scalars") or {}, data.get("layerwise") or {}
         tables = [((name, None), table) for name, table in scalars.items()]
-        tables += [((m, str(int(k))), t) for m, of in layerwise.items() for k, t in of.items()]
+        tables += [((m, k), t) for m, of in layerwise.items() for k, t in of.items()]
     except (ValueError, AttributeError) as error:
         raise UsageError(
             f"{path}: a trace must be JSON with scalars and layerwise, each series "
@@ -133,13 +136,15 @@ def _of_file(path, text):
         title = name if layer is None else f"{name} of layer {layer}"
         odd = notes if _known(name) in READ else []  # of what nothing is made nothing is said
         samples = _samples(title, table, odd)
-        if samples:
-            series[_known(name), layer] = samples
+        if layer is not None and not re.fullmatch(r"\d+", layer.strip()):
+            notes.append(f"{title}: a layer must be a number; left out")
+        elif samples:
+            series[_known(name), layer and str(int(layer))] = samples
     rows, fresh_rows = _aligned(series)
     config = data.get("config") if isinstance(data.get("config"), dict) else {}
     depth = next((config[n] for n in DEPTHS if isinstance(config.get(n), int)), None)
     depth = depth or _depth_of_layers(rows, notes)
-    return Trace(str(path), depth, rows, [_told(row, depth) for row in fresh_rows], notes)
+    return Trace(str(path), depth, rows, *_told(fresh_rows, depth), notes)
 
 
 def _known(name):
@@ -164,7 +169,7 @@ def _samples(title, table, notes):
         except (TypeError, ValueError, OverflowError):
             bad += 1
             continue
-        number = isinstance(value, (int, float)) and not math.isnan(value)
+        number = is_number(value)
         bad += not number
         samples[step] = float(value) if number else None
     if bad:
@@ -199,8 +204,14 @@ def _put(row, name, layer, value):
         row["layerwise"].setdefault(name, {})[layer] = value
 
 
-def _told(row, depth):
-    return {name for name, value in signals_of(row, depth)[0].items() if value is not None}
+def _told(rows, depth):
+    """The signals that each line tells, and those that some line tells itself."""
+    own = set()
+    for row in rows:
+        values, stand_ins = signals_of(row, depth)
+        own |= {n for n, v in values.items() if v is not None} - stand_ins.keys()
+    values = [signals_of(row, depth, own)[0] for row in rows]
+    return [{n for n, v in told.items() if v is not None} for told in values], own
 
 
 def _depth_of_layers(rows, notes):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import checkpoint, diagnostics
+from model import checkpoint
 from model import train as loop
 from model.config import UsageError, preset
 from model.data import open_dataset, shapes
@@ -258,8 +258,10 @@ def test_metrics_are_strict_json_with_null_for_what_is_not_finite(whole):
     assert [row["step"] for row in rows] == list(range(1, 21))
     first = rows[0]
     assert {"loss", "grad_norm", "lr", "loss_by_t", "layerwise", "samples"} <= first.keys()
-    assert first["layerwise"].keys() == set(diagnostics.METRICS)
+    assert {"writer_G_mean", "writer_G_ctr", "global_Q", "deep_W2"} <= first.keys()
+    assert {"tcs", "rho_text", "A_ffn", "alpha_max_attention"} <= first["layerwise"].keys()
     assert list(first["layerwise"]["tcs"]) == ["0", "1", "2"]
+    assert ["contraction" in row["layerwise"] for row in rows] == [n % 5 == 0 for n in range(1, 21)]
     from model.train import _finite
 
     assert _finite({"a": [math.inf, 1.0, {"b": math.nan}]}) == {"a": [None, 1.0, {"b": None}]}
@@ -317,11 +319,11 @@ def test_what_is_not_finite_is_not_taken(tmp_path, monkeypatch):
     run = tmp_path / "run"
     train(small(steps=5), run)
     before = (run / "checkpoints" / "latest").read_text()
-    finite = loop.gradient_norm
-    monkeypatch.setattr(loop, "gradient_norm", lambda optimizer: finite(optimizer) * math.inf)
+    finite = loop.gradient_norms
+    monkeypatch.setattr(loop, "gradient_norms", lambda optimizer: finite(optimizer) * math.inf)
     with pytest.raises(Diverged, match=r"step 6: loss .*, gradient norm inf; the update was not"):
         train(small(steps=9), run)
-    monkeypatch.setattr(loop, "gradient_norm", finite)
+    monkeypatch.setattr(loop, "gradient_norms", finite)
     assert (run / "checkpoints" / "latest").read_text() == before
     real = shapes.draw
 
