@@ -28,12 +28,16 @@ def train(args):
         raise UsageError("--config: name the run's folder too, --out RUN")
     out = args.out or Path("runs") / (args.preset or DEFAULT_PRESET)
     quiet = args.quiet or not sys.stderr.isatty()
+    state = None
     with _progress(quiet) as (bar, task):
 
         def on_step(step, steps, metrics):
+            nonlocal state
             if metrics:
-                for signal in metrics.get("signals", ()):
-                    bar.console.print(f"step {step}: {metrics['guard']}: {signal}", highlight=False)
+                if "signals" in metrics and metrics["guard"] != state:
+                    text = f"step {step}: {metrics['guard']}: {'; '.join(metrics['signals'])}"
+                    bar.console.print(text, highlight=False, soft_wrap=True)
+                state = metrics.get("guard")
                 tcs = metrics["layerwise"].get("tcs")
                 depth = f" TCS {list(tcs.values())[-1]:.3f}" if tcs else ""
                 line = f"loss {metrics['loss']:.3f} |g| {metrics['grad_norm']:.2g}{depth}"

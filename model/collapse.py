@@ -10,9 +10,12 @@ checkpoint, and of a collapse trace.png.
 import json
 from pathlib import Path
 
-from model import checkpoint, trace
+from model import checkpoint
 from model.config import GUARDS, UsageError
+from model.diagnose import findings
+from model.figures import mean_mode_screaming
 from model.guard import LOCKED, QUIET, TRIP, Guard
+from model.trace import as_json, load
 
 SKIPS = 10  # updates skipped one after another before skipping is given up
 REMEDY = (
@@ -147,18 +150,13 @@ class Supervisor(Unguarded):
         """Write a folder with the trace, the guard's findings and the last good checkpoint."""
         folder = _unused(self._run / name)
         folder.mkdir(parents=True)
-        (folder / "trace.json").write_text(trace.as_json(self._history, self.guard.depth))
-        good = _last_good(self._run)
-        findings = {
-            "first": {s: {"step": n, "signals": why} for s, (n, why) in self.guard.first.items()},
-            "lead": self.guard.lead(), "missing": self.guard.missing(),
-            "last_good_checkpoint": str(good.relative_to(self._run)) if good else None,
-        }  # fmt: skip
-        (folder / "verdict.json").write_text(json.dumps(findings, indent=1) + "\n")
+        (folder / "trace.json").write_text(as_json(self._history, self.guard.depth))
+        kept, good = load(folder / "trace.json"), _last_good(self._run)
+        found = findings(kept, self.guard)
+        found["last_good_checkpoint"] = str(good.relative_to(self._run)) if good else None
+        (folder / "verdict.json").write_text(json.dumps(found, indent=1) + "\n")
         if picture:
-            from model.figures import mean_mode_screaming
-
-            mean_mode_screaming(trace.load(folder / "trace.json"), self.guard, folder / "trace.png")
+            mean_mode_screaming(kept, self.guard, folder / "trace.png")
         return folder
 
 

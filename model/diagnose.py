@@ -42,7 +42,7 @@ def default_picture(path):
 
 
 def findings(trace, guard):
-    """What a replay found, for JSON."""
+    """What a guard found in a trace, for JSON."""
     first = {s: {"step": n, "signals": why} for s, (n, why) in guard.first.items()}
     return {
         "trace": trace.title, "blocks": trace.depth, "lines": len(trace.rows),

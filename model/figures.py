@@ -143,7 +143,7 @@ def _rho(figure, axis, trace, limits):
 
 
 def _logarithmic(axis, drawn):
-    if drawn:
+    if drawn and any((line.get_ydata() > 0).any() for line in axis.lines):
         axis.set_yscale("log")
 
 

@@ -6,6 +6,7 @@ locks; guard tells how often it finds a collapse, how early, and how often it is
 
 import json
 import math
+import statistics
 from pathlib import Path
 
 from rich.table import Table
@@ -14,13 +15,14 @@ from model import config as configuration
 from model.config import CONTENDERS, UsageError
 from model.data import open_dataset
 from model.demo import trivial_loss
-from model.guard import LOCKED, TRIP, WATCH
+from model.guard import LOCK_LAST, LOCKED, TRIP, WATCH
 from model.runs import Job, train_all
 from model.taps import WRITERS
 from model.trace import load, replay
 
+IN_THE_NAME = ("blocks", "residual", "seed", "lr", "steps")  # of a run, and so not shown
 LAST = 10  # steps at the end whose mean loss is told
-COLLAPSED = 0.75  # of the loss of predicting nothing: a run that ends above it has not learned
+LEARNED = 0.75  # of the loss of predicting nothing: a run that ends above it has not learned
 KAPPAS = {"kappa": "(T - 1) kappa", "kappa_signed": "(T - 1) kappa with signs"}
 PAPER_R2 = 0.9
 
@@ -149,18 +151,24 @@ def _draw_amplification(results, jobs, folder, path):
 
 
 def outcome(job, folder):
-    """How a run ended, by its loss alone, and what the guard found on the way."""
+    """How a run ended, and what the guard found on the way.
+
+    trained: its last loss is well below that of predicting nothing; collapsed: it is not, and the
+    tokens of the last block are one; stalled: it is not, and they are not.
+    """
     config = _config(job)
     trace = load(folder)
     guard = replay(trace)
     ends = [row["loss"] for row in trace.rows[-LAST:]]
     loss, trivial = sum(ends) / len(ends), trivial_loss(open_dataset(config))
     first = {state: guard.first[state][0] for state in guard.first}
-    learned = loss < COLLAPSED * trivial
+    tcs = trace.series("tcs", trace.layers("tcs")[-1])[1]
+    one = statistics.median(tcs[-LAST:]) > LOCK_LAST
+    end = "trained" if loss < LEARNED * trivial else "collapsed" if one else "stalled"
     return {
         "blocks": config.depth, "residual": config.residual, "seed": config.seed, "lr": config.lr,
         "steps": trace.rows[-1]["step"], "loss": loss, "of_predicting_nothing": loss / trivial,
-        "outcome": "trained" if learned else "collapsed" if LOCKED in first else "not learned",
+        "outcome": end,
         "watch": first.get(WATCH), "trip": first.get(TRIP), "locked": first.get(LOCKED),
         "lead": guard.lead(), **_margins(trace),
     }  # fmt: skip
@@ -186,17 +194,13 @@ def _outcomes(jobs, folder):
 def _verdicts(jobs, folder):
     """The outcomes, and how often the guard was right."""
     rows = _outcomes(jobs, folder)["rows"]
-    trained = [row for row in rows if row["outcome"] == "trained"]
-    others = [row for row in rows if row["outcome"] != "trained"]
-
-    def count(of, state):
-        return sum(row[state] is not None for row in of)
-
-    return {
-        "rows": rows, "collapsed": len(others), "locked": count(others, "locked"),
-        "warned_before": count(others, "lead"), "trained": len(trained),
-        **{f"false_{state}": count(trained, state) for state in ("watch", "trip", "locked")},
-    }  # fmt: skip
+    counts = {}
+    for end in ("collapsed", "stalled", "trained"):
+        of = [row for row in rows if row["outcome"] == end]
+        counts[end] = {"runs": len(of)}
+        for state in ("watch", "trip", "locked", "lead"):
+            counts[end][state] = sum(row[state] is not None for row in of)
+    return {"rows": rows, "counts": counts}
 
 
 def _controls(blocks, seeds):
@@ -238,13 +242,13 @@ STUDIES = {
 
 def table(results):
     """The rows of a study as a table for the terminal."""
-    rows = results["rows"]
     view = Table()
-    for name, value in rows[0].items():
-        number = not isinstance(value, str)
-        view.add_column(name.replace("_", " "), justify="right" if number else "left")
-    for row in rows:
-        view.add_row(*map(_cell, row.values()))
+    shown = [name for name in results["rows"][0] if name not in IN_THE_NAME]
+    for name in shown:
+        words = isinstance(results["rows"][0][name], str)
+        view.add_column(name.replace("_", " "), justify="left" if words else "right")
+    for row in results["rows"]:
+        view.add_row(*(_cell(row[name]) for name in shown))
     return view
 
 
@@ -264,12 +268,11 @@ def conclusions(results):
                     f"{row['r2']:.3f} over {row['points']} points (the paper: above {PAPER_R2})"
                 )
     elif results["study"] == "guard":
-        yield (
-            f"LOCKED on {results['locked']} of {results['collapsed']} collapsed runs, "
-            f"{results['warned_before']} of them with a WATCH or TRIP before; on "
-            f"{results['false_locked']} of {results['trained']} trained ones, with TRIP on "
-            f"{results['false_trip']} and WATCH on {results['false_watch']}"
-        )
+        for end, n in results["counts"].items():
+            yield (
+                f"{n['runs']} {end}: LOCKED on {n['locked']} ({n['lead']} warned before), TRIP on "
+                f"{n['trip']}, WATCH on {n['watch']}"
+            )
     else:
         locked = [row["run"] for row in results["rows"] if row["locked"] is not None]
         yield f"LOCKED: {', '.join(locked) or 'none'}"

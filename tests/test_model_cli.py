@@ -36,7 +36,7 @@ def run(tmp_path_factory):
 
 def test_help_is_enough(capsys):
     for args in (["--help"], *([c, "--help"] for c in
-                 "train info demo sample eval export import".split())):  # fmt: skip
+                 "train info demo diagnose study sample eval export import".split())):  # fmt: skip
         with pytest.raises(SystemExit) as end:
             main(args)
         assert end.value.code == 0

@@ -92,7 +92,7 @@ def test_a_ratio_below_mean_domination_is_no_evidence():
 
 
 @pytest.mark.parametrize(
-    "spared", [dict(tcs=0.97), dict(shallow=0.94), dict(G_ctr=0.0002), dict(G_ctr=0.003)]
+    "spared", [dict(tcs=0.97), dict(shallow=0.94), dict(G_ctr=5e-5), dict(G_ctr=0.003)]
 )
 def test_locked_needs_all_it_names(spared):
     assert LOCKED not in after(*[{**COLLAPSED, **spared}] * 4)[1]
