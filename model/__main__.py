@@ -127,7 +127,7 @@ def diagnose(args):
 
 
 def study(args):
-    from model import study
+    from model import studies
 
     quiet = not sys.stderr.isatty()
     with _progress(quiet) as (bar, task):
@@ -135,12 +135,12 @@ def study(args):
         def show(done, steps):
             bar.update(task, completed=done, total=steps, description=f"{args.study}, steps")
 
-        results, paths = study.run(
+        results, paths = studies.run(
             args.study, args.out, args.seeds, args.blocks, args.steps, show
         )  # fmt: skip
     console = _console()
-    console.print(study.table(results))
-    for line in study.conclusions(results):
+    console.print(studies.table(results))
+    for line in studies.conclusions(results):
         console.print(line, highlight=False)
     console.print(f"written: {', '.join(map(str, paths))}", highlight=False)
 

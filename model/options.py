@@ -12,6 +12,7 @@ STUDIES = {
     "amplification": "is A - 1 of a writer's gradient (T - 1) kappa, the coherence of its tokens?",
     "controls": "which residuals and remedies keep 100 blocks out of the token mean?",
     "guard": "does the guard find every collapse and nothing else, at 100 and 400 blocks?",
+    "overhead": "what do taps on four blocks cost a step at 400 blocks?",
 }
 
 
@@ -61,7 +62,7 @@ def parser(description):
     p.add_argument("--seeds", type=positive, metavar="N",
                    help="of each training (default: 1; guard: 3)")  # fmt: skip
     p.add_argument("--blocks", type=int, nargs="+", choices=(100, 400), metavar="100|400",
-                   help="depths (default: 100; guard: 100 400)")  # fmt: skip
+                   help="depths (default: 100; guard: 100 400; overhead: 400)")  # fmt: skip
     p.add_argument("--steps", type=positive, metavar="N", help="(default: what the preset says)")
     p.add_argument("--out", type=Path, metavar="DIR",
                    help="its runs, STUDY.json and STUDY.png (default: runs/study-STUDY); what was "

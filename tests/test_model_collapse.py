@@ -1,4 +1,4 @@
-"""What the guard does to runs: one of thirty blocks that collapses in nine steps, one that trains."""
+"""What the guard does to runs: thirty blocks that collapse in nine steps, and some that train."""
 
 import json
 import math
@@ -211,7 +211,8 @@ def test_diagnose_draws_what_little_there_is(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["amplification", "controls", "guard"])
 def test_a_study_trains_tabulates_and_goes_on(name, tmp_path, monkeypatch, capsys):
-    from model import config, study
+    from model import config
+    from model.studies import base
 
     small = dict(config.PRESETS["collapse100"], depth=3, warmup=1)
     monkeypatch.setitem(config.PRESETS, "collapse100", small)
@@ -220,7 +221,7 @@ def test_a_study_trains_tabulates_and_goes_on(name, tmp_path, monkeypatch, capsy
         for run, job in jobs.items():
             train(config.preset(job.preset, **job.changes), out / run, guard="warn")
 
-    monkeypatch.setattr(study, "train_all", trained)
+    monkeypatch.setattr(base, "train_all", trained)
     args = ["study", name, "--steps", "3", "--blocks", "100", "--out", str(tmp_path / "s")]
     assert main([*args, "--seeds", "1"]) == 0
     out = capsys.readouterr().out
@@ -231,14 +232,23 @@ def test_a_study_trains_tabulates_and_goes_on(name, tmp_path, monkeypatch, capsy
     if name == "guard":
         assert "0 collapsed: LOCKED on 0" in out and len(results["rows"]) == 3
     if name == "controls":
-        assert len(results["rows"]) == 14 and "LOCKED: none" in out
+        assert len(results["rows"]) == 14 and "collapsed: none" in out
     assert main([*args, "--seeds", "1"]) == 0
+
+
+def test_what_taps_cost_is_measured_in_pairs(tmp_path, capsys):
+    args = ["--blocks", "100", "--steps", "2", "--out", str(tmp_path)]
+    assert main(["study", "overhead", *args]) == 0
+    assert "of a step's CPU time, the median of pairs" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "overhead.json").read_text())["rows"]
+    assert [row["residual"] for row in rows] == list(CONTENDERS)
+    assert all(row[f"{clock}_ratio"] > 0 for row in rows for clock in ("cpu", "wall"))
 
 
 def test_a_fit_is_the_line_of_least_squares():
     import numpy as np
 
-    from model.study import fit
+    from model.studies.amplification import fit
 
     x = np.linspace(1, 9, 40)
     y = 0.7 * x + 0.2 * np.random.default_rng(0).standard_normal(40)

@@ -1,0 +1,83 @@
+"""What the taps cost: steps with them and without, taken in turn."""
+
+import statistics
+import time
+
+from model.config import CONTENDERS, preset
+from model.data import open_dataset
+from model.dit import build
+from model.optim import make_optimizer
+from model.step import draw_batch, gradient_norms, gradients, prepare, update
+from model.studies.base import Study
+from model.taps import Recorder
+
+STEPS = 30
+WARM = 2  # steps that are not timed
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+class Overhead(Study):
+    blocks = (400,)
+
+    def run(self, out, blocks, seeds, steps, show):
+        steps, blocks = steps or STEPS, blocks or self.blocks
+        jobs = [(n, name) for n in blocks for name in CONTENDERS]
+        rows = []
+        for number, (n, name) in enumerate(jobs):
+            config = preset(f"collapse{n}", **CONTENDERS[name], device="cpu")
+            before = number * (steps + WARM)
+            times = measure(
+                config, steps, lambda i, b=before: show(b + i, len(jobs) * (steps + WARM))
+            )
+            rows.append(
+                {"run": f"{name}-{n}", "blocks": n, "residual": name, "steps": steps, **times}
+            )
+        return {"rows": rows}
+
+    def conclusions(self, results):
+        shares = [row["cpu_ratio"] - 1 for row in results["rows"]]
+        yield (
+            f"taps on four blocks, every step: {min(shares):.1%} to {max(shares):.1%} of a step's "
+            "CPU time, the median of pairs"
+        )
+
+
+def measure(config, steps, show):
+    """Median seconds of a step without and with taps, and the median ratio of pairs, by clock."""
+    device, dataset = prepare(config), open_dataset(config)
+    runs = [_Run(config, device, probes) for probes in (False, True)]
+    times = {clock: ([], []) for clock in CLOCKS}
+    for step in range(WARM + steps):
+        batch = draw_batch(config, dataset, step)
+        for i in (0, 1) if step % 2 else (1, 0):
+            start = {clock: now() for clock, now in CLOCKS.items()}
+            runs[i].step(step, batch)
+            for clock, now in CLOCKS.items():
+                times[clock][i].append(now() - start[clock])
+        show(step + 1)
+    row = {}
+    for clock, pair in times.items():
+        off, on = (seconds[WARM:] for seconds in pair)
+        row[f"{clock}_ms"] = 1e3 * statistics.median(off)
+        row[f"{clock}_ms_tapped"] = 1e3 * statistics.median(on)
+        row[f"{clock}_ratio"] = statistics.median(b / a for a, b in zip(off, on, strict=True))
+    return row
+
+
+class _Run:
+    """A model in training."""
+
+    def __init__(self, config, device, probes):
+        self._config, self._device = config, device
+        self._model = build(config, device)
+        self._optimizer = make_optimizer(self._model, config)
+        self._recorder = Recorder(self._model, self._optimizer, probes, config.log_every)
+
+    def step(self, step, batch):
+        """One update; what was measured is read, as a guard does."""
+        self._recorder.begin(step + 1)
+        loss, quarters = gradients(self._config, self._model, batch, self._device)
+        norms = gradient_norms(self._optimizer)
+        self._recorder.record(step + 1, loss, norms, quarters)
+        self._recorder.rows()
+        update(self._config, step, self._optimizer, norms.norm())
