@@ -59,14 +59,14 @@ def centred(t, segments):
 
 def energy(means, segments):
     """|J t|^2 of segment means (..., S, D), by matrix."""
-    weights = means.new_tensor(segments)
-    return means.square().sum(-1) @ weights
+    rows = means.square().sum(-1).unbind(-1)
+    return sum(n * row for n, row in zip(segments, rows, strict=True))
 
 
 def trunk_sums(y, segments):
     """For tcs and rho: y (B, T, D), the trunk a block returns."""
     y = exact(y)
-    sums = {"samples": y.new_tensor(len(y))}
+    sums = {"samples": y.new_full((), len(y))}
     for end, part in zip(SEGMENTS, y.split(segments, 1), strict=False):
         T, mean = part.shape[1], part.mean(1)
         if T > 1:
@@ -87,10 +87,11 @@ def attention_sums(q, k, x, segments):
     JA = A - PA
     Px, _ = centred(x, segments)
     kept = PAP @ Px[:, None]
-    starts = [sum(segments[:i]) for i in range(len(segments))]
-    leaked = JA[:, :, starts] @ Px[:, None]  # a row of J A for each segment
+    starts = (sum(segments[:i]) for i in range(len(segments)))
+    rows = torch.stack([JA[:, :, start] for start in starts], 2)  # J A has one for each segment
+    leaked = rows @ Px[:, None]
     return {
-        "maps": A.new_tensor(A.shape[0] * A.shape[1]),
+        "maps": A.new_full((), A.shape[0] * A.shape[1]),
         "contraction": spectral_norm(PAP.flatten(0, 1)).sum(),
         "kept": kept.square().sum(),
         "leaked": energy(leaked, segments).sum(),
@@ -123,6 +124,8 @@ def writer_sums(h, d, segments):
         T = hs.shape[1]
         if T == 1:
             continue
+        greatest = ds.abs().amax((1, 2), keepdim=True)  # squares of squares: not of tiny numbers
+        ds = ds / greatest.clamp_min(torch.finfo(ds.dtype).tiny)
         H, D = hs @ hs.transpose(1, 2), ds @ ds.transpose(1, 2)
         product = H.mul_(D)  # in place: T x T for each sample
         own = product.diagonal(dim1=1, dim2=2).clone()  # |d_t|^2 |h_t|^2
@@ -139,8 +142,8 @@ def writer_gradient(h, d, segments):
     """The two parts of the gradient of a writer's weight, (D, Din) each; their sum is all of it."""
     Ph, h_mean = centred(exact(h), segments)
     Pd, d_mean = centred(exact(d), segments)
-    d_mean = d_mean * d_mean.new_tensor(segments)[:, None]
-    G_mean = d_mean.flatten(0, 1).t() @ h_mean.flatten(0, 1)
+    pairs = zip(segments, d_mean.unbind(1), h_mean.unbind(1), strict=True)
+    G_mean = sum(n * d.t() @ h for n, d, h in pairs)
     return G_mean, Pd.flatten(0, 1).t() @ Ph.flatten(0, 1)
 
 

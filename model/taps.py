@@ -16,6 +16,7 @@ from model.diagnostics import WRITERS
 MAPS_EVERY = (
     5  # steps at least between measurements of attention's T x T maps, half of all the cost
 )
+MAP_ELEMENTS = 1 << 24  # of the maps that are worked on at a time
 DEEP = 0.75  # of the blocks: the rest, with the last of these, is what "deep" names
 ROLES = ("Q", "K", "WO", "W2")
 SCALARS = (
@@ -61,7 +62,10 @@ class Probe:
             return q
 
         def look(d, q, k, x):
-            self._add("attention map", diagnostics.attention_sums(q, k, x, segments))
+            B, T, H, _ = q.shape
+            samples = max(1, MAP_ELEMENTS // (H * T * T))
+            for part in zip(*(t.split(samples) for t in (q, k, x)), strict=True):
+                self._add("attention map", diagnostics.attention_sums(*part, segments))
 
         return _tap(q, look, q, k, x)
 

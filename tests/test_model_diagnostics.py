@@ -214,6 +214,27 @@ def test_a_spectral_norm_is_the_largest_singular_value():
     assert 1 <= alike.item() <= 68 ** (1 / 2 ** (diagnostics.SQUARINGS + 1)) + 1e-5
 
 
+def test_amplification_does_not_depend_on_the_size_of_a_gradient():
+    h, d = torch.randn(2, 3, 8, 16)
+    want = diagnostics.writer_sums(h, d, (6, 2))
+    for size in (1e-18, 1e18):
+        for name, value in diagnostics.writer_sums(h, size * d, (6, 2)).items():
+            assert torch.allclose(value, want[name], rtol=1e-4), (name, size)
+
+
+def test_maps_are_worked_on_a_few_samples_at_a_time(monkeypatch):
+    z, text = torch.randn(5, 3, 8, 8).double(), torch.randn(5, 4, 32).double()
+    rows = []
+    for elements in (1 << 24, 2 * 2 * 20 * 20):
+        monkeypatch.setattr(taps, "MAP_ELEMENTS", elements)
+        model = exact_model()
+        probes = taps.attach(model)
+        model(z, text).square().sum().backward()
+        rows.append(probes[3].take())
+    for name in ("contraction", "retention", "leakage", "row_diversity"):
+        assert torch.allclose(rows[0][name], rows[1][name]), name
+
+
 def test_a_segment_of_one_token_has_no_pairs():
     y, h, d = torch.randn(3, 2, 5, 16).unbind()
     assert "tcs_text" not in diagnostics.trunk_sums(y, (4, 1))

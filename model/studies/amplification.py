@@ -1,8 +1,8 @@
 """The paper's law: the gradient of a writer is amplified as its tokens are coherent.
 
-A - 1 = sum_{i != j} <d_i, d_j> <h_i, h_j> / sum_t |d_t|^2 |h_t|^2. Where all tokens are of one length
-that is (T - 1) kappa with the cosines' signs; kappa, of absolute cosines, bounds it. arXiv 2605.06169
-reports R^2 above 0.9.
+A - 1 = sum_{i != j} <d_i, d_j> <h_i, h_j> / sum_t |d_t|^2 |h_t|^2. Where all tokens are of one
+length that is (T - 1) kappa with the cosines' signs; kappa, of absolute cosines, bounds it.
+arXiv 2605.06169 reports R^2 above 0.9.
 """
 
 import math
