@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from model import config as configuration
-from model.config import FREE_ON_RESUME, UsageError
+from model.config import FREE_ON_BRANCH, FREE_ON_RESUME, UsageError
 from model.dit import build, without_weights_of_ones
 
 FORMAT = "mvsplit-checkpoint-1"
@@ -157,15 +157,18 @@ def load_strictly(model, tensors, source):
         ) from error
 
 
-def restore(folder, config, fingerprint, model, optimizer, average, guard=None):
-    """Put a run back to a checkpoint; returns its step."""
+def restore(
+    folder, config, fingerprint, model, optimizer, average, guard=None, free=FREE_ON_RESUME
+):
+    """Put a run back to a checkpoint; returns its step. Configurations may differ in `free`."""
     meta = read_meta(folder)
-    changed = configuration.differences(meta["config"], config, but=FREE_ON_RESUME)
+    changed = configuration.differences(meta["config"], config, but=free)
     if changed:
         name, (then, now) = next(iter(changed.items()))
         raise UsageError(
             f"{folder} was trained with {name}={then}, not {now} ({len(changed)} fields differ); "
-            "resume with its configuration, or start a new run with another --out"
+            f"resume with its configuration, or start a new run with another --out, which may "
+            f"change {', '.join(sorted(FREE_ON_BRANCH - FREE_ON_RESUME))}"
         )
     if meta["data"] not in (fingerprint, None):  # an imported model has seen none
         raise UsageError(f"{folder} was trained on {meta['data']}; the data now are {fingerprint}")

@@ -18,9 +18,6 @@ from model.guard import LOCKED, QUIET, TRIP, Guard
 from model.trace import as_json, load
 
 SKIPS = 10  # updates skipped one after another before skipping is given up
-REMEDY = (
-    "go on from there with another residual (--set residual=mvsplit) or a lower lr, in a new --out"
-)
 
 
 class Collapsed(RuntimeError):
@@ -140,10 +137,17 @@ class Supervisor(Unguarded):
     def _stop(self, row, why):
         folder = self._keep(f"collapse-{row['step']}", picture=True)
         good = _last_good(self._run)
-        where = f"the last good checkpoint is {good}; {REMEDY}" if good else (
-            "no checkpoint was saved before (--set save_every=N); begin again with another "
-            "residual or a lower lr")  # fmt: skip
-        self._end = Collapsed(f"step {row['step']}: {why}. {folder} has the trace; {where}", folder)
+        remedy = (
+            f"go on from the last good checkpoint with a lower lr, --resume {good} --out NEW --set "
+            "lr=..."
+            if good
+            else "no checkpoint was saved before (--set save_every=N)"
+        )
+        self._end = Collapsed(
+            f"step {row['step']}: {why}. {folder} has the trace; {remedy}, or begin again with "
+            "residual=mvsplit or layerscale",
+            folder,
+        )
         return "stop"
 
     def _keep(self, name, picture=False):

@@ -87,7 +87,7 @@ class Config:
     save_every: int = _field(500, "steps between checkpoints; 0: at the end alone")
     keep: int = _field(2, "checkpoints kept")
     sample_every: int = _field(0, "steps between sample grids; 0: none")
-    probes: bool = _field(True, "measure TCS, rho, G_mean and G_ctr at four depths")
+    probes: bool = _field(True, "measure what model.diagnostics defines at four depths, every step")
     tensorboard: bool = _field(False, "write TensorBoard events too")
 
     def __post_init__(self):
@@ -116,6 +116,10 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 FREE_ON_RESUME = frozenset(
     "steps device threads backend checkpointing compile carry_mean micro_batch log_every "
     "save_every keep sample_every tensorboard data_path".split()
+)
+# What a new run may change besides when it begins from another one's checkpoint.
+FREE_ON_BRANCH = FREE_ON_RESUME | frozenset(
+    "lr warmup beta1 beta2 adam_eps weight_decay clip".split()
 )
 
 _COLLAPSE = dict(

@@ -17,7 +17,7 @@ import mvsplit_ops as mv
 from model import checkpoint
 from model import config as configuration
 from model.collapse import supervise
-from model.config import FREE_ON_RESUME, UsageError
+from model.config import FREE_ON_BRANCH, FREE_ON_RESUME, UsageError
 from model.data import open_dataset
 from model.dit import build
 from model.optim import Average, learning_rate, make_optimizer
@@ -51,8 +51,10 @@ def train(config, folder, resume="auto", guard="off", on_step=None):
     state = config, dataset.fingerprint, model, optimizer, average
     step = 0
     if start_from is not None:
-        step = checkpoint.restore(start_from, *state, guard)
-        if _is_of(start_from, folder):
+        own = _is_of(start_from, folder)
+        free = FREE_ON_RESUME if own else FREE_ON_BRANCH
+        step = checkpoint.restore(start_from, *state, guard, free)
+        if own:
             checkpoint.point_to(start_from)  # also where it is not the newest
     backend = mv_backend(config)
     folder.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,7 @@ def test_a_locked_run_is_stopped_with_its_evidence(stopped):
     assert verdict["lead"] == last["step"] - verdict["first"][TRIP]["step"] > 0
     good = run / verdict["last_good_checkpoint"]
     assert checkpoint.read_meta(good)["step"] < verdict["first"][TRIP]["step"]
-    assert str(good) in str(why) and "lower lr" in str(why)
+    assert f"with a lower lr, --resume {good} --out NEW --set lr=" in str(why)
     assert f"step {last['step']}: LOCKED (TCS" in str(why)
     assert (run / f"trip-{verdict['first'][TRIP]['step']}" / "trace.json").is_file()
 
@@ -69,6 +69,18 @@ def test_a_stopped_run_goes_on_from_the_last_good_checkpoint_as_it_did(stopped):
         assert {k: v for k, v in row.items() if k not in timed} == {
             k: v for k, v in other.items() if k not in timed
         }
+
+
+def test_the_remedy_goes_on_from_the_last_good_checkpoint(stopped, tmp_path):
+    """As the message says: another folder, a lower lr; no other choice may change."""
+    run, why = stopped
+    good = next((run / "checkpoints").glob("step-*"))
+    config = collapsing(lr=1e-3, clip=0.5, steps=12)
+    last = train(config, tmp_path / "new", resume=str(good), guard="stop")
+    assert last["step"] == 12 and last["guard"] == "quiet"
+    config = collapsing(lr=1e-3, residual="mvsplit")
+    with pytest.raises(UsageError, match="residual=post, not mvsplit .* which may change adam_eps"):
+        train(config, tmp_path / "other", resume=str(good))
 
 
 def test_a_warning_stops_nothing(tmp_path):
