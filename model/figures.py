@@ -44,12 +44,8 @@ def mean_mode_screaming(trace, guard, path):
         axes[0, column].set_title(title, fontsize=10)
         axes[-1, column].set_xlabel("optimizer step")
     found = ", ".join(f"{state} at step {step}" for state, (step, _) in guard.first.items())
-    name = Path(trace.title).name
-    source = (
-        f"{Path(trace.title).parent.name}/{name}"
-        if name in ("metrics.jsonl", "trace.json")
-        else name
-    )
+    path_of = Path(trace.title)
+    source = Path(path_of.parent.name) / path_of.name
     figure.suptitle(f"{source}, {trace.depth} blocks: {found or 'nothing found'}")
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -21,23 +21,13 @@ import collections
 import math
 import statistics
 
-from model import taps
-
 WINDOW = 300  # steps of a trailing median
 FEWEST, ENOUGH = 5, 20  # samples of a median; of a z-score, and of a window where steps are sparse
 TWICE = 2
 WATCH_Z = 6.0
-FLAT = (
-    0.02  # least spread of a logarithm: what hardly moves at all is not out of the ordinary at 2 %
-)
-TRIP_TCS, TRIP_RHO, TRIP_RATIO, MEAN_DOMINATED, TRIP_LOSS, TRIP_NORM = (
-    0.9,
-    2.0,
-    4.0,
-    10.0,
-    1.25,
-    10.0,
-)
+FLAT = 0.02  # least spread of a logarithm: of what hardly moves at all, 2 % is not remarkable
+TRIP_TCS, TRIP_RHO, TRIP_NORM, TRIP_LOSS = 0.9, 2.0, 10.0, 1.25
+TRIP_RATIO, MEAN_DOMINATED = 4.0, 10.0  # of its median, and at least
 LOCK_LAST, LOCK_THREE_QUARTERS, LOCK_CENTRED = 0.98, 0.95, 0.01
 CALM = 50  # steps after a TRIP during which every step is written and no checkpoint is
 
@@ -74,7 +64,8 @@ def signals_of(row, depth, own=()):
     values["tcs_three_quarters"] = None if nearest is None else tcs[nearest]
     values["rho"] = rho[max(rho)] if rho else None
     G_mean, G_ctr = (_writers(row, part) for part in ("G_mean", "G_ctr"))
-    values["ratio"] = _quotient(G_mean, G_ctr)
+    ratio = _quotient(G_mean, G_ctr)
+    values["ratio"] = row.get("writer_ratio") if ratio is None else ratio
     values["centred"] = G_ctr
     if G_ctr is None and "centred" not in own:
         name = next((n for n in ("deep_Q", "global_Q") if _number(row.get(n)) is not None), None)
@@ -98,8 +89,9 @@ def _writers(row, part):
     if value is not None:
         return value
     layers = row.get("layerwise", {})
-    known = {m: {k: v for k, v in t.items() if _number(v) is not None} for m, t in layers.items()}
-    return taps.writer_totals(known).get(f"writer_{part}")
+    names = (f"{part}_attention", f"{part}_ffn", f"writer_{part}", part)
+    values = [v for name in names for v in layers.get(name, {}).values() if is_number(v)]
+    return math.hypot(*values) if values else None
 
 
 def is_number(value):

@@ -281,6 +281,31 @@ def test_the_gradient_of_queries_stands_in_for_the_centred_one(tmp_path):
     assert any("W_Q (global_Q) stands in" in text for text in guard.missing())
 
 
+@pytest.mark.parametrize("name", ["G", "writer_G"])
+def test_writer_modes_by_layer_are_added_up(tmp_path, name):
+    def change(data):
+        for part in ("mean", "ctr"):
+            series = data["scalars"].pop(f"writer_G_{part}")
+            half = {"s": series["s"], "v": [v / 2**0.5 for v in series["v"]]}
+            data["layerwise"][f"{name}_{part}"] = {"50": half, "99": half}
+
+    _, got = verdict(changed(trace(tmp_path, collapse()), change))
+    _, want = verdict(trace(tmp_path, collapse()))
+    assert {s: n for s, (n, _) in got.first.items()} == {s: n for s, (n, _) in want.first.items()}
+    assert got.missing() == []
+
+
+def test_a_ratio_alone_is_understood(tmp_path):
+    def change(data):
+        mean, centred = (data["scalars"].pop(f"writer_G_{part}") for part in ("mean", "ctr"))
+        ratio = [m / c for m, c in zip(mean["v"], centred["v"], strict=True)]
+        data["scalars"]["writer_ratio"] = {"s": mean["s"], "v": ratio}
+
+    _, guard = verdict(changed(trace(tmp_path, collapse()), change))
+    assert "G_mean/G_ctr" in " ".join(guard.first[TRIP][1]) and LOCKED not in guard.first
+    assert any("(writer_G_ctr): in no line; LOCKED cannot be told" in m for m in guard.missing())
+
+
 def test_nothing_stands_in_for_a_value_that_is_missing_once(tmp_path):
     """A line without G_ctr is not judged by the gradient of W_Q, which is another size."""
 
