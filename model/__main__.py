@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -52,7 +53,10 @@ def train(args):
             print(f"python -m model train: {error}", file=sys.stderr)
             return COLLAPSED
     if not args.quiet:
-        done = f"step {last['step']}, loss {last['loss']:.4f}" if last else "nothing left to do"
+        done = "nothing left to do"
+        if last:
+            loss = math.nan if last["loss"] is None else last["loss"]  # null in metrics.jsonl
+            done = f"step {last['step']}, loss {loss:.4f}"
         print(f"{out}: {done}; python -m model sample {out}")
     return 0
 

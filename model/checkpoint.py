@@ -33,7 +33,7 @@ def save(run, step, config, fingerprint, model, optimizer=None, average=None, gu
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".*"):  # of a run that was killed
         shutil.rmtree(left) if left.is_dir() else left.unlink()
-    final, partial = folder / _name(step), folder / f".{_name(step)}"
+    final, partial = folder / name_of(step), folder / f".{name_of(step)}"
     partial.mkdir()
     parts = {"model": model.state_dict()}
     if optimizer is not None:
@@ -44,7 +44,7 @@ def save(run, step, config, fingerprint, model, optimizer=None, average=None, gu
     for part, tensors in parts.items():
         for path in _write(partial, part, tensors):
             files[path.name] = path.stat().st_size
-    watched = guard and guard.dump()
+    watched = guard.saving(step) if guard else None
     if watched:
         _write_text(partial / GUARD, json.dumps(watched))
         files[GUARD] = (partial / GUARD).stat().st_size
@@ -59,7 +59,7 @@ def save(run, step, config, fingerprint, model, optimizer=None, average=None, gu
         shutil.rmtree(final)
     os.rename(partial, final)
     point_to(final)
-    _prune(folder, final, config.keep)
+    _prune(folder, final, config.keep, guard.good if guard else None)
     return final
 
 
@@ -85,7 +85,7 @@ def find(path):
 def newest_step(run):
     """The step of a run's newest checkpoint, or None."""
     pointer = Path(run) / "checkpoints" / LATEST
-    return int(_pointed_to(pointer).split("-")[1]) if pointer.is_file() else None
+    return step_of(Path(_pointed_to(pointer))) if pointer.is_file() else None
 
 
 def _pointed_to(pointer):
@@ -95,6 +95,17 @@ def _pointed_to(pointer):
             f"{pointer} must name a checkpoint beside it, got {name!r}{_another(pointer)}"
         )
     return name
+
+
+def step_of(checkpoint):
+    """The step of a checkpoint folder, by its name."""
+    return int(checkpoint.name.split("-")[1])
+
+
+def read_guard(checkpoint):
+    """What the guard left in a checkpoint, or None."""
+    path = checkpoint / GUARD
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def read_meta(folder):
@@ -157,9 +168,7 @@ def load_strictly(model, tensors, source):
         ) from error
 
 
-def restore(
-    folder, config, fingerprint, model, optimizer, average, guard=None, free=FREE_ON_RESUME
-):
+def restore(folder, config, fingerprint, model, optimizer, average, free=FREE_ON_RESUME):
     """Put a run back to a checkpoint; returns its step. Configurations may differ in `free`."""
     meta = read_meta(folder)
     changed = configuration.differences(meta["config"], config, but=free)
@@ -179,8 +188,6 @@ def restore(
     if average.tensors and meta["updates"]:
         for name, tensor in _read(folder, "average").items():
             average.tensors[name].copy_(tensor)
-    if guard and GUARD in meta["files"]:
-        guard.load(json.loads((folder / GUARD).read_text()))
     return meta["step"]
 
 
@@ -222,7 +229,7 @@ def commit():
         return None
 
 
-def _name(step):
+def name_of(step):
     return f"step-{step:08d}"
 
 
@@ -284,10 +291,11 @@ def _sync(path):
         os.close(descriptor)
 
 
-def _prune(folder, newest, keep):
+def _prune(folder, newest, keep, good):
     whole = sorted(p for p in folder.glob("step-*") if p.name <= newest.name)
     for old in whole[:-keep]:
-        shutil.rmtree(old)
+        if old != good:
+            shutil.rmtree(old)
 
 
 def _another(folder):

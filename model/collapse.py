@@ -3,8 +3,8 @@
     off    no guard                   stop   LOCKED ends the run
     warn   it says what it sees       skip   LOCKED ends the run, TRIP skips the update
 
-A TRIP leaves RUN/trip-STEP, LOCKED RUN/collapse-STEP: trace.json, verdict.json with the last good
-checkpoint, and of a collapse trace.png.
+A TRIP leaves RUN/trip-STEP, LOCKED RUN/collapse-STEP: trace.json, verdict.json which names the last
+good checkpoint, and of a collapse trace.png. Newer checkpoints do not push out the last good one.
 """
 
 import json
@@ -15,7 +15,7 @@ from model.config import GUARDS, UsageError
 from model.diagnose import findings
 from model.figures import mean_mode_screaming
 from model.guard import LOCKED, QUIET, TRIP, Guard
-from model.trace import as_json, load
+from model.trace import as_json, load, read_rows
 
 SKIPS = 10  # updates skipped one after another before skipping is given up
 
@@ -56,12 +56,17 @@ class Unguarded:
     def end(self):
         """Called after stop."""
 
-    def dump(self):
-        """What a checkpoint keeps of it, for JSON; None: nothing."""
+    def restore(self, found, branch):
+        """Go on from a checkpoint, of this run or, a branch, of another."""
+
+    def saving(self, step):
+        """What a checkpoint of a step keeps for `restore`, for JSON; None: nothing."""
         return None
 
-    def load(self, state):
-        """Go on from what `dump` gave."""
+    @property
+    def good(self):
+        """The last checkpoint that was saved while nothing was found; None where none was."""
+        return None
 
 
 class _Function(Unguarded):
@@ -76,7 +81,7 @@ class _Function(Unguarded):
 
 class Supervisor(Unguarded):
     """Acts on what the guard finds. While a TRIP is near it is on the alert: every step is written
-    then, and no checkpoint is, since it would push out the last good one.
+    then, and no checkpoint is before the end, since nothing good is in it.
     """
 
     reads = True
@@ -86,7 +91,7 @@ class Supervisor(Unguarded):
             raise UsageError(f"guard must be one of {', '.join(GUARDS)}, got {mode!r}")
         self.guard, self.mode = guard, mode
         self._run, self._history = Path(run), history
-        self._skipped, self._end, self._step = 0, None, 0
+        self._skipped, self._end, self._step, self._good = 0, None, 0, None
 
     def __call__(self, row):
         self._step = row["step"]
@@ -114,11 +119,34 @@ class Supervisor(Unguarded):
     def end(self):
         raise self._end
 
-    def dump(self):
-        return self.guard.dump()
+    def restore(self, found, branch):
+        """With what the checkpoint kept; where no guard was, with the lines the run has written."""
+        step, lines = checkpoint.step_of(found), found.parent.parent / "metrics.jsonl"
+        rows = [r for r in read_rows(lines) if r["step"] <= step] if lines.is_file() else []
+        kept, self._step = checkpoint.read_guard(found), step
+        if kept:
+            self.guard.load(kept["guard"])
+            self._skipped, self._good = kept["skipped"], kept["good"]
+        else:
+            for row in rows:
+                self.guard.observe(row)
+            self._good = None if self.alert else found.name
+        if branch:
+            self.guard.begin_anew()
+            self._good = None
+        else:
+            self._history.extend(rows)
 
-    def load(self, state):
-        self.guard.load(state)
+    def saving(self, step):
+        self._step = step
+        if not self.alert:
+            self._good = checkpoint.name_of(step)
+        return {"guard": self.guard.dump(), "skipped": self._skipped, "good": self._good}
+
+    @property
+    def good(self):
+        path = self._run / "checkpoints" / self._good if self._good else None
+        return path if path and path.is_dir() else None
 
     def _skip(self, row):
         self._skipped += 1
@@ -136,11 +164,10 @@ class Supervisor(Unguarded):
 
     def _stop(self, row, why):
         folder = self._keep(f"collapse-{row['step']}", picture=True)
-        good = _last_good(self._run)
         remedy = (
-            f"go on from the last good checkpoint with a lower lr, --resume {good} --out NEW --set "
-            "lr=..."
-            if good
+            "go on from the last good checkpoint with a lower lr, --resume "
+            f"{self.good} --out NEW --set lr=..."
+            if self.good
             else "no checkpoint was saved before (--set save_every=N)"
         )
         self._end = Collapsed(
@@ -155,18 +182,13 @@ class Supervisor(Unguarded):
         folder = _unused(self._run / name)
         folder.mkdir(parents=True)
         (folder / "trace.json").write_text(as_json(self._history, self.guard.depth))
-        kept, good = load(folder / "trace.json"), _last_good(self._run)
+        kept, good = load(folder / "trace.json"), self.good
         found = findings(kept, self.guard)
         found["last_good_checkpoint"] = str(good.relative_to(self._run)) if good else None
         (folder / "verdict.json").write_text(json.dumps(found, indent=1) + "\n")
         if picture:
             mean_mode_screaming(kept, self.guard, folder / "trace.png")
         return folder
-
-
-def _last_good(run):
-    step = checkpoint.newest_step(run)
-    return None if step is None else checkpoint.find(run)
 
 
 def _unused(folder):

@@ -87,7 +87,7 @@ class Config:
     save_every: int = _field(500, "steps between checkpoints; 0: at the end alone")
     keep: int = _field(2, "checkpoints kept")
     sample_every: int = _field(0, "steps between sample grids; 0: none")
-    probes: bool = _field(True, "measure what model.diagnostics defines at four depths, every step")
+    probes: bool = _field(True, "measure what model.diagnostics defines, at four depths")
     tensorboard: bool = _field(False, "write TensorBoard events too")
 
     def __post_init__(self):
@@ -115,7 +115,7 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 # What a run may change when it goes on from a checkpoint: where and how, not what is computed.
 FREE_ON_RESUME = frozenset(
     "steps device threads backend checkpointing compile carry_mean micro_batch log_every "
-    "save_every keep sample_every tensorboard data_path".split()
+    "save_every keep sample_every tensorboard data_path probes".split()
 )
 # What a new run may change besides when it begins from another one's checkpoint.
 FREE_ON_BRANCH = FREE_ON_RESUME | frozenset(

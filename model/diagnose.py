@@ -23,6 +23,10 @@ def diagnose(path, picture=None, record=None):
     for option, file in (("--out", picture), ("--json", record)):
         if file and file.exists():
             raise UsageError(f"{option}: {file} exists; choose another")
+        if file and not file.parent.is_dir():
+            raise UsageError(f"{option}: there is no folder {file.parent}; make it first")
+    if picture and picture.suffix != ".png":
+        raise UsageError(f"--out: a picture must be named .png, got {picture}")
     trace = load(path)
     guard = replay(trace)
     found = findings(trace, guard)

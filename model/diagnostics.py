@@ -26,7 +26,8 @@ ratio rho is one of norms, but for kappa_signed and *_gated, which are ours, and
 retention, leakage and row_diversity, which it names alone.
 
 A function here returns {name: 0-d sum} of some samples. Sums of micro-batches add up, and
-`finished` makes metrics of them. Nothing draws a random number; all is O(T D) or Gram matrices.
+`finished_...` makes metrics of them. Nothing draws a random number; all is O(T D), Gram matrices,
+or products of attention's T x T maps.
 """
 
 import torch
@@ -131,7 +132,9 @@ def writer_sums(h, d, segments):
         own = product.diagonal(dim1=1, dim2=2).clone()  # |d_t|^2 |h_t|^2
         sums[f"A{end}"] = (product.sum((1, 2)) / own.sum(1)).sum()
         norms = own.sqrt().clamp_min(torch.finfo(own.dtype).tiny)  # 0 where a token has none
-        cosines = product / norms[:, None] / norms[:, :, None]
+        cosines = (product / norms[:, None] / norms[:, :, None]).clamp_(
+            -1, 1
+        )  # where own underflows
         cosines.diagonal(dim1=1, dim2=2).zero_()
         sums[f"kappa_signed{end}"] = cosines.sum() / T  # (T - 1) / T(T - 1)
         sums[f"kappa{end}"] = cosines.abs_().sum() / T

@@ -62,7 +62,7 @@ def _views(trace, guard):
         min(range(len(steps)), key=lambda i: abs(steps[i] - s)) for s in (min(grave), max(grave))
     )
     near = steps[max(0, first - MARGIN)], steps[min(len(steps) - 1, last + MARGIN)]
-    if near[1] - near[0] > NEAR * (whole[1] - whole[0]):
+    if not 0 < near[1] - near[0] <= NEAR * (whole[1] - whole[0]):
         return [("the whole trace", whole)]
     return [("the whole trace", whole), ("the event", near)]
 

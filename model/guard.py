@@ -63,7 +63,7 @@ def signals_of(row, depth, own=()):
     nearest = min(others, key=lambda layer: abs(layer - 0.75 * depth)) if others else None
     values["tcs_three_quarters"] = None if nearest is None else tcs[nearest]
     values["rho"] = rho[max(rho)] if rho else None
-    G_mean, G_ctr = (_writers(row, part) for part in ("G_mean", "G_ctr"))
+    G_mean, G_ctr = (_writers(row, f"writer_{part}") for part in ("G_mean", "G_ctr"))
     ratio = _quotient(G_mean, G_ctr)
     values["ratio"] = row.get("writer_ratio") if ratio is None else ratio
     values["centred"] = G_ctr
@@ -83,15 +83,21 @@ def _by_layer(row, metric):
     return {math.inf: _number(row[metric])} if metric in row else {}
 
 
-def _writers(row, part):
-    """writer_G_mean or writer_G_ctr, of the layers where it is not in the line itself."""
-    value = _number(row.get(f"writer_{part}"))
-    if value is not None:
-        return value
-    layers = row.get("layerwise", {})
-    names = (f"{part}_attention", f"{part}_ffn", f"writer_{part}", part)
-    values = [v for name in names for v in layers.get(name, {}).values() if is_number(v)]
-    return math.hypot(*values) if values else None
+def _writers(row, name):
+    value = _number(row.get(name))
+    return writer_totals(row.get("layerwise", {})).get(name) if value is None else value
+
+
+def writer_totals(layerwise):
+    """writer_G_mean and writer_G_ctr: root sum square over layers and both writers."""
+    totals = {}
+    for part in ("G_mean", "G_ctr"):
+        names = (f"{part}_attention", f"{part}_ffn", f"writer_{part}", part)
+        tables = (layerwise.get(name, {}) for name in names)
+        values = [value for table in tables for value in table.values() if is_number(value)]
+        if values:
+            totals[f"writer_{part}"] = math.hypot(*values)
+    return totals
 
 
 def is_number(value):
@@ -154,7 +160,7 @@ class Guard:
         self.first, self.counts = {}, collections.Counter()
         self.samples, self.told, self.stand_ins = 0, collections.Counter(), {}
         self.state, self.signals, self.last_trip = QUIET, [], None
-        self.warned = None  # the step of the first WATCH or TRIP of the WINDOW before LOCKED
+        self._warnings = []  # steps of WATCH and TRIP in the WINDOW before LOCKED
         self._series = {name: Series() for name in ("loss", "grad_norm", "rho", "ratio")}
         self._most_centred, self._running = 0.0, {WATCH: 0, LOCKED: 0}
         self.own = set()  # signals that were measured themselves, once at least
@@ -178,9 +184,10 @@ class Guard:
             if name in fresh and math.isfinite(now[name]):
                 series.add(row["step"], now[name])
         self.state, self.signals = QUIET, []
-        if LOCKED not in self.first and (found[WATCH] or found[TRIP]):
-            if self.warned is None or row["step"] > self.warned + WINDOW:
-                self.warned = row["step"]
+        if LOCKED not in self.first:
+            self._warnings = [s for s in self._warnings if s >= row["step"] - WINDOW]
+            if not found[LOCKED] and (found[WATCH] or found[TRIP]):
+                self._warnings.append(row["step"])
         for state, signals in found.items():  # the gravest last
             if signals:
                 self.state, self.signals = state, signals
@@ -272,10 +279,13 @@ class Guard:
 
     def lead(self):
         """Steps from the first WATCH or TRIP of the WINDOW before LOCKED to it, or None."""
-        if LOCKED not in self.first or self.warned is None:
+        if LOCKED not in self.first or not self._warnings:
             return None
-        steps = self.first[LOCKED][0] - self.warned
-        return steps if 0 < steps <= WINDOW else None
+        return self.first[LOCKED][0] - self._warnings[0]
+
+    def begin_anew(self):
+        """Forget what was found, not what is usual: another run goes on from here."""
+        self.first, self.counts, self._warnings = {}, collections.Counter(), []
 
     def dump(self):
         """All that the next `observe` depends on, for JSON."""
@@ -284,7 +294,7 @@ class Guard:
             "most_centred": self._most_centred, "running": self._running, "first": self.first,
             "counts": dict(self.counts), "samples": self.samples, "told": dict(self.told),
             "stand_ins": self.stand_ins, "own": sorted(self.own), "last_trip": self.last_trip,
-            "warned": self.warned,
+            "warnings": self._warnings,
         }  # fmt: skip
 
     def load(self, state):
@@ -297,7 +307,7 @@ class Guard:
         self.counts, self.told = (collections.Counter(state[n]) for n in ("counts", "told"))
         self.samples, self.stand_ins = state["samples"], dict(state["stand_ins"])
         self.own = set(state["own"])
-        self.last_trip, self.warned = state["last_trip"], state["warned"]
+        self.last_trip, self._warnings = state["last_trip"], state["warnings"]
 
 
 def _above(title, value, bound):

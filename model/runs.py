@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from model.config import UsageError
-from model.train import read_rows
+from model.trace import read_rows
 
 PROCESSES = 2
 ROOT = Path(__file__).parent.parent
@@ -35,14 +36,14 @@ def train_all(jobs, folder, show):
             while waiting and len(running) < PROCESSES:
                 name = waiting.pop(0)
                 running[name] = _start(jobs[name], folder / name)
-            for name, process in list(running.items()):
+            for name, (process, log) in list(running.items()):
                 if process.poll() is not None:
                     del running[name]
-                    _require_success(name, process)
+                    _require_success(name, process, log)
             show(lines(jobs, folder))
             time.sleep(0.5)
     finally:
-        for process in running.values():
+        for process, _ in running.values():
             process.terminate()
     show(lines(jobs, folder))
     return lines(jobs, folder)
@@ -51,15 +52,20 @@ def train_all(jobs, folder, show):
 def _start(job, folder):
     settings = [f"{name}={value}" for name, value in {"device": "cpu", **job.changes}.items()]
     command = [sys.executable, "-m", "model", "train", job.preset, "--out", str(folder.resolve())]
-    return subprocess.Popen(
+    log = tempfile.TemporaryFile("w+")  # a pipe that nobody reads fills up
+    process = subprocess.Popen(
         [*command, "--quiet", "--guard", "warn", "--set", *settings],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=log, text=True,
     )  # fmt: skip
+    return process, log
 
 
-def _require_success(name, process):
-    if process.returncode:
-        raise UsageError(f"training {name} failed: {process.stderr.read().strip()}")
+def _require_success(name, process, log):
+    with log:
+        if process.returncode:
+            log.seek(0)
+            said = log.read().strip().splitlines()[-1:]
+            raise UsageError(f"training {name} failed: {' '.join(said) or process.returncode}")
 
 
 def lines(names, folder):

@@ -11,19 +11,12 @@ import math
 import torch
 
 from model import diagnostics
-from model.diagnostics import WRITERS
+from model.guard import writer_totals
 
-MAPS_EVERY = (
-    5  # steps at least between measurements of attention's T x T maps, half of all the cost
-)
+MAPS_EVERY = 5  # steps at least between two looks at attention's T x T maps, half of all the cost
 MAP_ELEMENTS = 1 << 24  # of the maps that are worked on at a time
-DEEP = 0.75  # of the blocks: the rest, with the last of these, is what "deep" names
+DEEP = 0.75  # of the depth: blocks from there on are the deep ones
 ROLES = ("Q", "K", "WO", "W2")
-SCALARS = (
-    "writer_G_mean",
-    "writer_G_ctr",
-    *(f"{part}_{role}" for role in ROLES for part in ("global", "deep")),
-)
 
 
 def tapped_layers(depth):
@@ -152,9 +145,7 @@ class Recorder:
     def __init__(self, model, optimizer, probes=True, log_every=1):
         self._probes = attach(model) if probes else {}
         self._roles = _by_role(model, optimizer) if probes else {}
-        self._maps_every = log_every * math.ceil(
-            MAPS_EVERY / log_every
-        )  # of steps that are written
+        self._maps_every = log_every * math.ceil(MAPS_EVERY / log_every)  # steps that are written
         self._waiting = collections.deque(maxlen=self.KEPT)
         self.history = collections.deque(maxlen=self.KEPT)
 
@@ -205,17 +196,6 @@ def _row(step, values):
         if layer and metric != "quarters":
             row["layerwise"].setdefault(metric, {})[layer[0]] = value
     return row | writer_totals(row["layerwise"])
-
-
-def writer_totals(layerwise):
-    """writer_G_mean and writer_G_ctr: over the tapped layers and both writers, root sum square."""
-    totals = {}
-    for part in ("G_mean", "G_ctr"):
-        tables = [layerwise[f"{part}_{name}"] for name in WRITERS if f"{part}_{name}" in layerwise]
-        values = [value for table in tables for value in table.values()]
-        if values:
-            totals[f"writer_{part}"] = math.hypot(*values)
-    return totals
 
 
 def _by_role(model, optimizer):

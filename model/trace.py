@@ -26,6 +26,7 @@ ALIASES = (
     (re.compile(r"(gradient_norm|grad_norm_raw)$"), "grad_norm"),
 )
 DEPTHS = ("depth", "N_LAYERS", "n_layers", "num_layers")
+RESERVED = ("step", "layerwise")  # what a line of metrics calls something else
 READ = ("loss", "grad_norm", "tcs", "rho", "writer_G_mean", "writer_G_ctr", "G_mean", "G_ctr")
 STALE = 1.5  # of a series' usual interval: how long a value stands for the steps after it
 GAP = 3  # usual intervals without a line
@@ -96,6 +97,17 @@ def load(path):
     return trace
 
 
+def read_rows(path):
+    """The lines of a metrics.jsonl, without a last one that was cut short."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
 def _of_lines(path, text):
     rows, notes, cut = {}, [], 0
     for line in text.splitlines():
@@ -104,7 +116,7 @@ def _of_lines(path, text):
             row["step"] = int(row["step"])
             layers = (row.get("layerwise") or {}).items()
             row["layerwise"] = {m: {str(int(k)): v for k, v in t.items()} for m, t in layers}
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             cut += 1
             continue
         if row["step"] in rows:
@@ -113,6 +125,7 @@ def _of_lines(path, text):
     if cut:
         notes.append(f"{cut} of {len(rows) + cut} lines cannot be read")
     rows = [rows[step] for step in sorted(rows)]
+    _fill(rows, rows)
     depth, beside = None, path.with_name("config.json")
     if beside.is_file():
         depth = configuration.read(beside).depth
@@ -136,12 +149,16 @@ def _of_file(path, text):
         title = name if layer is None else f"{name} of layer {layer}"
         odd = notes if _known(name) in READ else []  # of what nothing is made nothing is said
         samples = _samples(title, table, odd)
-        if layer is not None and not re.fullmatch(r"\d+", layer.strip()):
+        if layer is None and name in RESERVED:
+            notes.append(f"{name} is no name of a metric; left out")
+        elif layer is not None and not re.fullmatch(r"\d+", layer.strip()):
             notes.append(f"{title}: a layer must be a number; left out")
         elif samples:
-            series[_known(name), layer and str(int(layer))] = samples
-    rows, fresh_rows = _aligned(series)
+            _keep(series, (_known(name), layer and str(int(layer))), name, samples, notes)
+    rows, fresh_rows = _aligned({key: samples for key, (_, samples) in series.items()})
     config = data.get("config") if isinstance(data.get("config"), dict) else {}
+    for lines in (rows, fresh_rows):
+        _fill(lines, fresh_rows)
     depth = next((config[n] for n in DEPTHS if isinstance(config.get(n), int)), None)
     depth = depth or _depth_of_layers(rows, notes)
     return Trace(str(path), depth, rows, *_told(fresh_rows, depth), notes)
@@ -149,6 +166,21 @@ def _of_file(path, text):
 
 def _known(name):
     return next((ours for pattern, ours in ALIASES if pattern.match(name)), name)
+
+
+def _keep(series, key, name, samples, notes):
+    """Put samples where those of the same metric are not, or are of a lesser name."""
+    before = series.get(key)
+    if before is None or _rank(name) > _rank(before[0]):
+        series[key] = name, samples
+    if before is not None and key[0] in READ:
+        notes.append(f"{before[0]} and {name} are both {key[0]}; {series[key][0]} is taken")
+
+
+def _rank(name):
+    """The raw gradient norm before a clipped one, the deepest stage, our own name."""
+    numbers = [int(n) for n in re.findall(r"\d+", name)]
+    return "raw" in name, max(numbers, default=-1), _known(name) == name
 
 
 def _samples(title, table, notes):
@@ -204,6 +236,15 @@ def _put(row, name, layer, value):
         row["layerwise"].setdefault(name, {})[layer] = value
 
 
+def _fill(rows, layers_of):
+    """A layer that a line lacks is missing there: no other takes the place of the last block."""
+    for metric in ("tcs", "rho"):
+        layers = {layer for row in layers_of for layer in row["layerwise"].get(metric, {})}
+        for row in rows:
+            if metric in row["layerwise"]:
+                row["layerwise"][metric] = dict.fromkeys(layers) | row["layerwise"][metric]
+
+
 def _told(rows, depth):
     """The signals that each line tells, and those that some line tells itself."""
     own = set()
@@ -222,11 +263,10 @@ def _depth_of_layers(rows, notes):
 
 
 def _note_gaps(trace):
-    steps = trace.steps
-    usual = (
-        statistics.median(b - a for a, b in zip(steps, steps[1:], strict=False)) if steps[1:] else 1
-    )
-    gaps = [(a, b) for a, b in zip(steps, steps[1:], strict=False) if b - a > GAP * usual]
+    pairs = list(zip(trace.steps, trace.steps[1:], strict=False))
+    intervals = sorted(b - a for a, b in pairs)
+    usual = intervals[int(0.9 * (len(intervals) - 1))] if intervals else 1  # some parts are denser
+    gaps = [(a, b) for a, b in pairs if b - a > GAP * usual]
     for a, b in gaps[:5]:
         trace.notes.append(f"no line between steps {a} and {b}")
     if gaps[5:]:

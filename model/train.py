@@ -23,6 +23,7 @@ from model.dit import build
 from model.optim import Average, learning_rate, make_optimizer
 from model.step import draw_batch, gradient_norms, gradients, prepare, update
 from model.taps import Recorder
+from model.trace import read_rows
 
 
 class Diverged(RuntimeError):
@@ -33,7 +34,7 @@ def train(config, folder, resume="auto", guard="off", on_step=None):
     """Train to config.steps updates in a run folder; returns the last line of its metrics.
 
     resume   auto: go on where the run stands, or begin; never: begin; a path: from that checkpoint
-    guard    off, warn, stop or skip (model.guard); or a function that is called with each step's
+    guard    off, warn, stop or skip (model.collapse); or a function that is called with each step's
              metrics before its update and returns go, skip (the update) or stop
     on_step  called with the step, the number of steps, and the metrics or None
 
@@ -49,12 +50,12 @@ def train(config, folder, resume="auto", guard="off", on_step=None):
     guard = supervise(guard, config, folder, recorder.history)
     average = Average(model, config.ema)
     state = config, dataset.fingerprint, model, optimizer, average
-    step = 0
+    step, branch = 0, False
     if start_from is not None:
-        own = _is_of(start_from, folder)
-        free = FREE_ON_RESUME if own else FREE_ON_BRANCH
-        step = checkpoint.restore(start_from, *state, guard, free)
-        if own:
+        branch = not _is_of(start_from, folder)
+        step = checkpoint.restore(start_from, *state, FREE_ON_BRANCH if branch else FREE_ON_RESUME)
+        guard.restore(start_from, branch)
+        if not branch:
             checkpoint.point_to(start_from)  # also where it is not the newest
     backend = mv_backend(config)
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,6 +67,8 @@ def train(config, folder, resume="auto", guard="off", on_step=None):
 
     with _Metrics(config, folder, step) as log, backend, loader:
         save_due = False
+        if branch:
+            checkpoint.save(folder, step, *state, guard)  # what it goes on from if it is broken off
         while step < config.steps:
             batch = loader.next()
             step += 1
@@ -232,17 +235,6 @@ class _Metrics:
         if self._board:
             for name in ("loss", "grad_norm", "lr", "seconds_per_step"):
                 self._board.add_scalar(name, metrics[name], metrics["step"])
-
-
-def read_rows(path):
-    """The lines of a metrics.jsonl, without a last one that was cut short."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
 
 
 def _finite(value):

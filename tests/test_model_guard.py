@@ -140,6 +140,21 @@ def test_a_guard_goes_on_from_what_it_dumped():
     assert whole.dump() == other.dump() and LOCKED in other.first
 
 
+def test_a_lead_is_from_the_first_warning_of_the_window():
+    def steps(*trips, locked):
+        guard = Guard(DEPTH)
+        for n in range(1, locked + 1):
+            collapsed = dict(COLLAPSED) if n >= locked - 1 else {}
+            guard.observe(line(n, **(dict(tcs=0.95, loss=1.3) if n in trips else collapsed)))
+        assert guard.first[LOCKED][0] == locked
+        return guard.lead()
+
+    assert steps(100, 250, locked=421) == 171
+    assert steps(100, 250, 419, locked=421) == 171
+    assert steps(100, locked=300) == 200
+    assert steps(20, locked=500) == 1  # the line before it, a TRIP as any of a collapse
+
+
 def test_a_median_is_of_the_last_steps_but_of_enough_samples():
     dense, sparse = Series(), Series()
     for step in range(1000):
@@ -322,6 +337,44 @@ def test_nothing_stands_in_for_a_value_that_is_missing_once(tmp_path):
     assert LOCKED not in guard.first and not any("stands in" in text for text in guard.missing())
 
 
+def test_one_sample_of_the_last_block_is_not_two(tmp_path):
+    """Where other layers are sampled more often than it is."""
+
+    def change(data):
+        data["scalars"]["writer_G_ctr"]["v"][60:] = [1e-5] * 59
+        tcs = data["layerwise"]["tcs"]
+        tcs["75"]["v"] = [0.99] * 119
+        tcs["99"] = {"s": list(range(1, 120, 10)), "v": [0.5] * 9 + [0.99] + [0.5] * 2}
+
+    _, guard = verdict(changed(trace(tmp_path, collapse()), change))
+    assert LOCKED not in guard.first
+    assert "TCS of the last block (tcs): in 12 of 119 lines" in guard.missing()
+
+
+def test_of_two_names_for_one_metric_the_better_is_taken_and_told(tmp_path):
+    def change(data):
+        scalars = data["scalars"]
+        raw, rho = scalars["grad_norm"], data["layerwise"].pop("rho")["99"]
+        scalars["grad_norm_raw"] = {"s": raw["s"], "v": list(raw["v"])}
+        scalars["grad_norm"] = {"s": raw["s"], "v": [1.0] * len(raw["s"])}  # clipped
+        for stage, factor in ((10, 0.1), (79, 1.0), (30, 0.2)):
+            values = [factor * v for v in rho["v"]]
+            scalars[f"rho_stage{stage}_img"] = {"s": rho["s"], "v": values}
+        scalars["step"] = scalars["layerwise"] = {"s": [1, 2], "v": [0.1, None]}
+
+    seen, guard = verdict(changed(trace(tmp_path, collapse()), change))
+    text = " ".join(guard.first[TRIP][1])
+    assert "gradient norm 8 >" in text and "rho 5 >" in text
+    assert "grad_norm and grad_norm_raw are both grad_norm; grad_norm_raw is taken" in seen.notes
+    assert any("rho_stage30_img are both rho; rho_stage79_img is taken" in n for n in seen.notes)
+    assert "step is no name of a metric; left out" in seen.notes
+
+
+def test_lines_that_become_dense_make_no_gaps_of_those_before(tmp_path):
+    rows = [r for r in collapse(steps=700, onset=650) if r["step"] % 10 == 0 or r["step"] > 590]
+    assert load(trace(tmp_path, rows)).notes == []
+
+
 def test_gaps_and_nan_are_named(tmp_path):
     def harm(data):
         loss, tcs = data["scalars"]["loss"], data["layerwise"]["tcs"]["99"]
@@ -342,7 +395,7 @@ def test_gaps_and_nan_are_named(tmp_path):
 
 def test_lines_of_a_run_that_cannot_be_read_are_counted(tmp_path):
     lines = [json.dumps(row) for row in collapse()]
-    lines[3], lines[7], lines[9] = lines[3][:20], '{"step": "x"}', "[1]"
+    lines[3], lines[7], lines[9] = lines[3][:20], '{"step": Infinity}', "[1]"
     lines.insert(30, lines[30])
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     seen, guard = verdict(tmp_path)

@@ -5,11 +5,14 @@ outcomes        controls: who locks; guard: how often it finds a collapse, how e
 overhead        what the taps cost a step
 """
 
+import datetime
 import json
 from pathlib import Path
 
+import torch
 from rich.table import Table
 
+from model import checkpoint
 from model.studies.amplification import Amplification
 from model.studies.outcomes import Controls, Guarded
 from model.studies.overhead import Overhead
@@ -30,7 +33,10 @@ def run(name, out=None, seeds=None, blocks=None, steps=None, show=lambda done, s
     show                   called as it goes with the steps done and all of them
     """
     study, out = STUDIES[name], Path(out or f"runs/study-{name}")
-    results = {"study": name, **study.run(out, blocks, seeds, steps, show)}
+    results = {
+        "study": name, "date": datetime.date.today().isoformat(), "commit": checkpoint.commit(),
+        "torch": torch.__version__, **study.run(out, blocks, seeds, steps, show),
+    }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"{name}.json"]
     paths[0].write_text(json.dumps(results, indent=1) + "\n")

@@ -8,8 +8,8 @@ arXiv 2605.06169 reports R^2 above 0.9.
 import math
 
 from model.config import UsageError
+from model.diagnostics import WRITERS
 from model.studies.base import Study, contenders
-from model.taps import WRITERS
 from model.trace import load
 
 KAPPAS = {"kappa": "(T - 1) kappa", "kappa_signed": "(T - 1) kappa with signs"}

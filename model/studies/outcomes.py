@@ -103,10 +103,15 @@ def _margins(trace):
     """How near a run came to LOCKED: the greatest TCS, the least share of G_ctr, G_mean / G_ctr."""
     layers = trace.layers("tcs")
     tcs = trace.series("tcs", layers[-1])[1]
-    centred, mean = (trace.series(f"writer_{part}")[1] for part in ("G_ctr", "G_mean"))
-    greatest, shares = 0.0, []
-    for value in centred:
+    centred, mean = (
+        dict(zip(*trace.series(f"writer_{part}"), strict=True)) for part in ("G_ctr", "G_mean")
+    )
+    greatest, shares = 0.0, [1.0]
+    for value in centred.values():
         greatest = max(greatest, value)
         shares.append(value / greatest if greatest else 1.0)
-    ratios = [m / c for m, c in zip(mean, centred, strict=True) if c]
-    return {"greatest_tcs": max(tcs), "least_centred": min(shares), "greatest_ratio": max(ratios)}
+    ratios = [mean[step] / value for step, value in centred.items() if value and step in mean]
+    return {
+        "greatest_tcs": max(tcs, default=None), "least_centred": min(shares),
+        "greatest_ratio": max(ratios, default=None),
+    }  # fmt: skip
