@@ -43,9 +43,14 @@ def supervise(guard, config, run, history):
 
 
 class Unguarded:
-    """Lets every step pass. reads: is it called with metrics; alert: is every step of interest."""
+    """Lets every step pass.
 
-    reads, alert = False, False
+    reads      is it called with metrics
+    alert      is every step of interest
+    may_save   is the state worth a checkpoint
+    """
+
+    reads, alert, may_save = False, False, True
 
     def __call__(self, row):
         return "go"
@@ -81,7 +86,7 @@ class _Function(Unguarded):
 
 class Supervisor(Unguarded):
     """Acts on what the guard finds. While a TRIP is near it is on the alert: every step is written
-    then, and no checkpoint is before the end, since nothing good is in it.
+    then, and but for `warn` no checkpoint is before the end, so that the newest is a good one.
     """
 
     reads = True
@@ -111,6 +116,10 @@ class Supervisor(Unguarded):
     @property
     def alert(self):
         return self.guard.state != QUIET or not self.guard.calm(self._step)
+
+    @property
+    def may_save(self):
+        return self.mode == "warn" or not self.alert
 
     def not_finite(self, row):
         """skip in that mode, while it may help."""

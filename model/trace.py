@@ -9,6 +9,7 @@ A trace file is JSON, each series with steps of its own, any layers, NaN or null
 Names are those of model.diagnostics and model.taps; ALIASES are understood too.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -16,7 +17,6 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from model import config as configuration
 from model.config import UsageError
 from model.guard import Guard, is_number, signals_of
 
@@ -126,10 +126,11 @@ def _of_lines(path, text):
         notes.append(f"{cut} of {len(rows) + cut} lines cannot be read")
     rows = [rows[step] for step in sorted(rows)]
     _fill(rows, rows)
-    depth, beside = None, path.with_name("config.json")
+    beside, config = path.with_name("config.json"), {}
     if beside.is_file():
-        depth = configuration.read(beside).depth
-    depth = depth or _depth_of_layers(rows, notes)
+        with contextlib.suppress(ValueError):
+            config = json.loads(beside.read_text())
+    depth = _depth(config, rows, notes)
     return Trace(str(path), depth, rows, *_told(rows, depth), notes)
 
 
@@ -156,11 +157,9 @@ def _of_file(path, text):
         elif samples:
             _keep(series, (_known(name), layer and str(int(layer))), name, samples, notes)
     rows, fresh_rows = _aligned({key: samples for key, (_, samples) in series.items()})
-    config = data.get("config") if isinstance(data.get("config"), dict) else {}
     for lines in (rows, fresh_rows):
         _fill(lines, fresh_rows)
-    depth = next((config[n] for n in DEPTHS if isinstance(config.get(n), int)), None)
-    depth = depth or _depth_of_layers(rows, notes)
+    depth = _depth(data.get("config"), rows, notes)
     return Trace(str(path), depth, rows, *_told(fresh_rows, depth), notes)
 
 
@@ -201,9 +200,8 @@ def _samples(title, table, notes):
         except (TypeError, ValueError, OverflowError):
             bad += 1
             continue
-        number = is_number(value)
-        bad += not number
-        samples[step] = float(value) if number else None
+        bad += not is_number(value)
+        samples[step] = value if is_number(value) else None
     if bad:
         notes.append(f"{title}: {bad} of {len(steps)} values are no numbers")
     return samples
@@ -255,7 +253,11 @@ def _told(rows, depth):
     return [{n for n, v in told.items() if v is not None} for told in values], own
 
 
-def _depth_of_layers(rows, notes):
+def _depth(config, rows, notes):
+    """Of a configuration, or at least of the layers there are."""
+    told = [config[n] for n in DEPTHS if n in config] if isinstance(config, dict) else []
+    if told and isinstance(told[0], int) and told[0] > 0:
+        return told[0]
     layers = {int(k) for row in rows for table in row["layerwise"].values() for k in table}
     depth = max(layers, default=0) + 1
     notes.append(f"the depth is not told; {depth}, from the layers there are")

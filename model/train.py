@@ -96,7 +96,7 @@ def train(config, folder, resume="auto", guard="off", on_step=None):
             if config.sample_every and step % config.sample_every == 0:
                 _sample_grid(config, folder, step, model, dataset, average)
             save_due |= config.save_every > 0 and step % config.save_every == 0
-            if save_due and not guard.alert and step < config.steps:
+            if save_due and guard.may_save and step < config.steps:
                 checkpoint.save(folder, step, *state, guard)
                 save_due = False
         if checkpoint.newest_step(folder) != step:
