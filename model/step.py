@@ -83,7 +83,15 @@ def gradient_norms(optimizer):
     """Of each parameter of an optimizer, (n,), in the order of its groups; 0 without a gradient."""
     grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
     none = next(g for g in grads if g is not None).new_zeros(())
-    return torch.stack(torch._foreach_norm([none if g is None else g for g in grads]))
+    places = {}  # by dtype: of mixed ones foreach takes one after another
+    for i, grad in enumerate(grads):
+        places.setdefault(none.dtype if grad is None else grad.dtype, []).append(i)
+    norms = [none] * len(grads)
+    for of in places.values():
+        found = torch._foreach_norm([none if grads[i] is None else grads[i] for i in of])
+        for i, norm in zip(of, found, strict=True):
+            norms[i] = norm
+    return torch.stack(norms)
 
 
 def gradient_norm(optimizer):

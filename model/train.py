@@ -13,6 +13,8 @@ import os
 import time
 from pathlib import Path
 
+import torch
+
 import mvsplit_ops as mv
 from model import checkpoint
 from model import config as configuration
@@ -106,7 +108,10 @@ def train(config, folder, resume="auto", guard="off", on_step=None):
 
 def _verdict(guard, step, metrics, loss, norm):
     """Of the guard: go, skip or stop. The numbers are on the host already where metrics are."""
-    loss, norm = (metrics["loss"], metrics["grad_norm"]) if metrics else (float(loss), float(norm))
+    if metrics:
+        loss, norm = metrics["loss"], metrics["grad_norm"]
+    else:
+        loss, norm = torch.stack((loss, norm.to(loss))).tolist()
     if math.isfinite(loss + norm):
         return guard(metrics)
     if guard.not_finite(metrics) == "skip":

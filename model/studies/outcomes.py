@@ -84,7 +84,7 @@ def outcome(job, folder):
     config = config_of(job)
     trace = load(folder)
     guard = replay(trace)
-    losses = [row["loss"] for row in trace.rows[-LAST:]]
+    losses = trace.series("loss")[1][-LAST:]
     loss, trivial = sum(losses) / len(losses), trivial_loss(open_dataset(config))
     first = {state: guard.first[state][0] for state in guard.first}
     tcs = trace.series("tcs", trace.layers("tcs")[-1])[1]
