@@ -50,7 +50,6 @@ class Probe:
     @torch.compiler.disable
     def attention(self, q, k, x, segments):
         """q, k (B, T, H, Dh), normalised and rotated, of the trunk x."""
-
         if not self.maps:
             return q
 
