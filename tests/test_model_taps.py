@@ -75,6 +75,7 @@ def same(row, other):
 
 
 def test_compiled_blocks_are_measured_too_and_train_the_same():
+    torch._dynamo.reset()  # what another test has compiled would do here too
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     (compiled, rows), (eager, same_rows) = steps(True, compile=True), steps(True)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
