@@ -53,13 +53,6 @@ if X86:
     INSTRUCTION_SETS["AVX512_BF16"] = [*INSTRUCTION_SETS["AVX512"], "-mavx512bf16"]
 
 CUDA_ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
-# `python -m mvsplit_ops build` here, where triton_kernels is not yet a part of mvsplit_ops.
-BUILD_CUDA = """
-import sys, triton_kernels
-sys.modules["mvsplit_ops.triton_kernels"] = triton_kernels
-from mvsplit_ops.__main__ import main
-main()
-"""
 
 
 class Package(build_py):
@@ -72,7 +65,7 @@ class Package(build_py):
 
     def compile_cuda(self):
         arguments = ["build", "--compiler", "nvcc", "--dtype", "bf16", "--arch"]
-        command = [sys.executable, "-c", BUILD_CUDA, *arguments, *CUDA_ARCHITECTURES]
+        command = [sys.executable, "-m", "mvsplit_ops", *arguments, *CUDA_ARCHITECTURES]
         root = Path(__file__).resolve().parent
         done = subprocess.run(command, cwd=root, capture_output=True, text=True)
         if done.returncode:
@@ -101,7 +94,8 @@ setup(
     ext_modules=[
         CppExtension(
             "mvsplit_ops._C",
-            ["csrc/module.cpp"],
+            ["csrc/host/module.cpp"],
+            include_dirs=[str(Path("csrc").resolve())],
             depends=HEADERS,
             extra_compile_args=[*COMMON, *(["-DMVSPLIT_X86"] if X86 else [])],
         )

@@ -4,10 +4,21 @@ import argparse
 import importlib
 import sys
 
-from bench.accuracy import Inaccurate
+from bench.common.accuracy import Inaccurate
 
-# A command is a module of bench/: its docstring describes it, options(parser) adds its options and
+# A command is a module: its docstring describes it, options(parser) adds its options and
 # command(args) runs it.
+MODULES = {
+    "profile": "bench.measure.profile",
+    "ops": "bench.measure.sweep",
+    "step": "bench.measure.train_step",
+    "machine": "bench.common.machine",
+    "traffic": "bench.static.traffic",
+    "resources": "bench.static.kernel_resources",
+    "predict": "bench.static.predict",
+    "report": "bench.report.write",
+    "device": "bench.measure.run_all",
+}
 COMMANDS = {
     "profile": "the paper's operator profile on this machine",
     "ops": "every operator over a sweep of shapes, beside every peer",
@@ -25,7 +36,7 @@ def parser():
     top = _Parser(prog="python -m bench", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
-        module = importlib.import_module(f"bench.{name}")
+        module = importlib.import_module(MODULES[name])
         p = commands.add_parser(
             name,
             help=summary,

@@ -20,8 +20,8 @@ COLLAPSED = 3
 
 
 def train(args):
-    from model.collapse import Collapsed
-    from model.train import train
+    from model.stability.response import Collapsed
+    from model.train.loop import train
 
     config = _config(args)
     guard = args.guard or ("stop" if config.probes else "off")
@@ -62,18 +62,18 @@ def train(args):
 
 
 def info(args):
-    from model import plan
     from model.info import configuration_table, cost_lines, memory_table, size
+    from model.train import memory
 
     config, console = _config(args), _console()
-    measured = plan.measure(config) if args.measure else None
+    measured = memory.measure(config) if args.measure else None
     console.print(configuration_table(config))
-    here = plan.plan(config)
+    here = memory.plan(config)
     for line in cost_lines(config, here):
         console.print(line, highlight=False)
     console.print(memory_table(config))
     if measured:
-        from model.step import choose_device
+        from model.train.step import choose_device
 
         device = choose_device(config.device)
         expected, (peak, seconds) = here.peak(host=device.startswith("cpu")), measured
@@ -122,10 +122,10 @@ def _demo_table(demonstration, table, config, trivial):
 
 
 def diagnose(args):
-    from model import diagnose
+    from model.stability import replay
 
-    found, picture = diagnose.diagnose(args.trace, args.out, args.json)
-    for line in diagnose.report(found):
+    found, picture = replay.diagnose(args.trace, args.out, args.json)
+    for line in replay.report(found):
         print(line)
     print(f"picture: {picture}")
 
@@ -150,7 +150,7 @@ def study(args):
 
 
 def sample(args):
-    from model.sample import sample_images, save_grid
+    from model.evaluate.sample import sample_images, save_grid
 
     model, dataset, meta, folder = _open(args)
     captions = args.caption or dataset.captions(args.n)
@@ -172,7 +172,7 @@ def sample(args):
 
 
 def evaluate(args):
-    from model.evaluate import by_chance, conditioning
+    from model.evaluate.caption_match import by_chance, conditioning
 
     if args.json and args.json.exists():
         raise UsageError(f"--json: {args.json} exists; choose another")
@@ -192,14 +192,14 @@ def evaluate(args):
 
 
 def export(args):
-    from model.convert import export
+    from model.train.convert import export
 
     n = export(args.run_folder, args.out, args.to, "average" if args.average else "model")
     print(f"{args.out}: {n} tensors")
 
 
 def import_(args):
-    from model.convert import import_weights
+    from model.train.convert import import_weights
 
     config = _config(args) if args.preset or args.config else None
     overrides = configuration.parse_overrides(args.set)
@@ -218,9 +218,9 @@ def _config(args):
 
 def _open(args):
     """Model, data, meta and folder of a run, on its device."""
-    from model import checkpoint
     from model.data import open_dataset
-    from model.step import prepare
+    from model.train import checkpoint
+    from model.train.step import prepare
 
     overrides = configuration.parse_overrides(args.set)
     for name in overrides.keys() - PLACE:
@@ -236,7 +236,7 @@ def _open(args):
 
 def _sampled(args, function, model, dataset, *rest):
     """Call a function that samples, with the arguments of _add_sampling and a bar."""
-    from model.train import mv_backend
+    from model.train.loop import mv_backend
 
     with _progress(not sys.stderr.isatty()) as (bar, task), mv_backend(model.config):
         return function(

@@ -1,9 +1,9 @@
 """A collapse to watch: Post-Norm, LayerScale and MV-Split trained side by side on the CPU."""
 
 from model.config import CONTENDERS, UsageError
-from model.guard import LOCK_LAST, LOCKED
-from model.runs import Job, train_all
-from model.taps import tapped_layers
+from model.stability.guard import LOCK_LAST, LOCKED
+from model.stability.taps import tapped_layers
+from model.train.runs import Job, train_all
 
 SMOOTH = 10  # steps whose mean is shown as the loss
 

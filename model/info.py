@@ -5,7 +5,7 @@ import dataclasses
 from rich.table import Table
 
 from model.config import FIELDS
-from model.plan import POLICIES, plan
+from model.train.memory import POLICIES, plan
 
 GPUS = (1, 8, 16)
 

@@ -8,13 +8,8 @@ import torch
 
 import mvsplit_ops as mv
 from mvsplit_ops import _backends
+from mvsplit_ops._check import DTYPES
 
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "fp64": torch.float64,
-}
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")  # A100, H100 and H200, B200
 
 
@@ -106,22 +101,22 @@ def build(arguments):
 
 
 def _programs(architecture, dtypes=None):
-    from mvsplit_ops._cuda import catalogue, device
+    from mvsplit_ops._cuda import catalogue, launch
 
     dtypes = list(DTYPES.values()) if dtypes is None else dtypes
-    return catalogue.programs(architecture, dtypes) if architecture in device.LIMITS else []
+    return catalogue.programs(architecture, dtypes) if architecture in launch.LIMITS else []
 
 
 def _compiled_for(architectures, compiler):
     """(architectures that can be compiled for, why each of the others cannot)"""
-    from mvsplit_ops._cuda import device
+    from mvsplit_ops._cuda import launch
 
     known, refusals = [], []
     for architecture in dict.fromkeys(architectures):
         try:
             compiler.require(architecture)
-            if architecture not in device.LIMITS:
-                names = ", ".join(device.LIMITS)
+            if architecture not in launch.LIMITS:
+                names = ", ".join(launch.LIMITS)
                 raise RuntimeError(
                     f"mvsplit_ops: what kernels need on {architecture} is known on such a GPU "
                     f"alone, at first use; --arch takes {names}"

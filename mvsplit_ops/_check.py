@@ -5,6 +5,15 @@ One sentence an error: the op, the argument, what was expected, what came.
 
 import torch
 
+from mvsplit_ops._host import accumulator
+
+# Activation dtypes by the names that command lines use.
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
 ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -30,11 +39,6 @@ def activation(op, arg, t, dims, like=None):
         if t.dtype != like[1].dtype:
             fail(op, arg, f"{_name(like[1].dtype)} like {like[0]}", describe(t))
         _same_device(op, arg, t, like[1])
-
-
-def accumulator(dtype):
-    """The dtype that kernels of an activation dtype compute and keep statistics in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def merge(op, x, f):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from mvsplit_ops import _check, reference
+from mvsplit_ops._host import accumulator
 from mvsplit_ops._register import Op, expose, register
 
 _NAME = "mvsplit_rmsnorm"
@@ -25,7 +26,7 @@ def _reference(x, f, alpha, beta, weight, jx, segments, eps, carry):
 
 
 def _fake_fwd(x, f, alpha, beta, weight, jx, segments, eps, carry):
-    acc = _check.accumulator(x.dtype)
+    acc = accumulator(x.dtype)
     means = (x.shape[0], len(segments), x.shape[2])
     new_jy, new_jx, jf = (
         x.new_empty(means if wanted else 0, dtype=acc) for wanted in (carry, jx is None, True)
@@ -34,7 +35,7 @@ def _fake_fwd(x, f, alpha, beta, weight, jx, segments, eps, carry):
 
 
 def _fake_bwd(dy, kept, f, alpha, beta, weight, rstd, jx, jf, segments):
-    acc, D = _check.accumulator(dy.dtype), dy.shape[2]
+    acc, D = accumulator(dy.dtype), dy.shape[2]
     params = (dy.new_empty(n, dtype=acc) for n in (D, D, 0 if weight is None else D))
     return dy.new_empty(dy.shape), dy.new_empty(dy.shape), *params
 

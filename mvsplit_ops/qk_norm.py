@@ -3,6 +3,7 @@
 import torch
 
 from mvsplit_ops import _check, reference
+from mvsplit_ops._host import accumulator
 from mvsplit_ops._register import Op, expose, register
 
 
@@ -19,14 +20,14 @@ def check_heads(op, q, k, q_weight, k_weight):
 
 def fake_fwd(q, k, *_):
     """The outputs of qk_norm_fwd and of rope_qk_norm_fwd."""
-    stats = [t.new_empty(t.shape[:3], dtype=_check.accumulator(t.dtype)) for t in (q, k)]
+    stats = [t.new_empty(t.shape[:3], dtype=accumulator(t.dtype)) for t in (q, k)]
     return q.new_empty(q.shape), k.new_empty(k.shape), *stats
 
 
 def fake_bwd(dq, dk, q_weight, k_weight):
     """The outputs of qk_norm_bwd and of rope_qk_norm_bwd."""
     weights = (
-        dq.new_empty(0 if w is None else dq.shape[3], dtype=_check.accumulator(dq.dtype))
+        dq.new_empty(0 if w is None else dq.shape[3], dtype=accumulator(dq.dtype))
         for w in (q_weight, k_weight)
     )
     return dq.new_empty(dq.shape), dk.new_empty(dk.shape), *weights

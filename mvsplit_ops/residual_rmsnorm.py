@@ -3,6 +3,7 @@
 import torch
 
 from mvsplit_ops import _check, reference
+from mvsplit_ops._host import accumulator
 from mvsplit_ops._register import Op, expose, register
 
 _NAME = "residual_rmsnorm"
@@ -15,12 +16,12 @@ def _check_inputs(x, f, scale, weight, eps):
 
 
 def _fake_fwd(x, f, scale, weight, eps):
-    rstd = x.new_empty(x.shape[:2], dtype=_check.accumulator(x.dtype))
+    rstd = x.new_empty(x.shape[:2], dtype=accumulator(x.dtype))
     return x.new_empty(x.shape), rstd
 
 
 def _fake_bwd(dy, kept, f, scale, weight, rstd):
-    acc, D = _check.accumulator(dy.dtype), dy.shape[2]
+    acc, D = accumulator(dy.dtype), dy.shape[2]
     params = (dy.new_empty(0 if p is None else D, dtype=acc) for p in (scale, weight))
     return dy.new_empty(dy.shape), dy.new_empty(0 if scale is None else dy.shape), *params
 

@@ -4,14 +4,13 @@ import pytest
 import torch
 
 import mvsplit_ops as mv
-import simt
-from bench import interpreter
+from bench.static import cuda_emulator, triton_interpreter
 from mvsplit_ops import _C
 
 GPU = torch.cuda.is_available()
 if not GPU:
-    interpreter.use()  # Triton's kernels on CPU tensors
-    simt.install()  # and CUDA's
+    triton_interpreter.use()  # Triton's kernels on CPU tensors
+    cuda_emulator.install()  # and CUDA's
 
 
 def pytest_generate_tests(metafunc):

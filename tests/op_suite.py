@@ -18,9 +18,15 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import mvsplit_ops as mv
-from bench.accuracy import cotangent, double, require_accurate, require_case, results_and_gradients
 from bench.cases import Case, Shape, in_order
-from bench.traffic import Recorder
+from bench.common.accuracy import (
+    cotangent,
+    double,
+    require_accurate,
+    require_case,
+    results_and_gradients,
+)
+from bench.static.traffic import Recorder
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mvsplit_ops.triton_kernels._host import accumulator, ceil_div, new
+from mvsplit_ops._host import accumulator, ceil_div, new
 
 # Triton decides at import whether kernels are interpreted, on CPU tensors, or compiled.
 INTERPRETED = triton.knobs.runtime.interpret
@@ -34,7 +34,7 @@ def launch(kernel, programs, like, *args, **options):
 
 
 def new_statistics(like, *shape):
-    return new(like, shape, accumulator(like))
+    return new(like, shape, accumulator(like.dtype))
 
 
 def sum_rows(partials):

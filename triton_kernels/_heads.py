@@ -23,8 +23,7 @@ thread: 16 bytes of bf16. With a weight, partial rows of dw are added by a secon
 import triton
 import triton.language as tl
 
-from mvsplit_ops.triton_kernels._common import launch, new_statistics, sum_rows, wide
-from mvsplit_ops.triton_kernels._host import (
+from mvsplit_ops._host import (
     ceil_div,
     dense,
     new,
@@ -33,6 +32,7 @@ from mvsplit_ops.triton_kernels._host import (
     tables,
     with_rows,
 )
+from mvsplit_ops.triton_kernels._common import launch, new_statistics, sum_rows, wide
 
 # Pairs of a tile, its warps: 8 pairs a thread, of bf16 two 16-byte loads in flight forward and four
 # backward. Twice the tile took 90 registers in place of 54 and more exchanges of the angles.

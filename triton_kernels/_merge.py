@@ -10,8 +10,8 @@ the parameter vectors in registers: read once a program, not once a row.
 import triton
 import triton.language as tl
 
+from mvsplit_ops._host import power_of_two
 from mvsplit_ops.triton_kernels._common import wide
-from mvsplit_ops.triton_kernels._host import power_of_two
 
 # Elements of each tensor a thread. 16: two 16-byte loads of bf16 in flight of each, and a backward
 # of three tensors stays below 128 registers. 8 where the weight, beta and the shift of a segment,

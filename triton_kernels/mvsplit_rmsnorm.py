@@ -25,8 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mvsplit_ops.triton_kernels._common import column_sum, launch, missing, new_statistics, wide
-from mvsplit_ops.triton_kernels._host import (
+from mvsplit_ops._host import (
     blocks,
     ceil_div,
     dense,
@@ -34,6 +33,7 @@ from mvsplit_ops.triton_kernels._host import (
     power_of_two,
     require_merge,
 )
+from mvsplit_ops.triton_kernels._common import column_sum, launch, missing, new_statistics, wide
 from mvsplit_ops.triton_kernels._merge import (
     load_rows,
     load_vector,

@@ -10,8 +10,8 @@ of dscale and dweight are added by a second launch, in a fixed order.
 import triton
 import triton.language as tl
 
+from mvsplit_ops._host import ceil_div, dense, new, require_residual
 from mvsplit_ops.triton_kernels._common import launch, missing, new_statistics, sum_rows
-from mvsplit_ops.triton_kernels._host import ceil_div, dense, new, require_residual
 from mvsplit_ops.triton_kernels._merge import (
     load_rows,
     load_vector,

@@ -12,8 +12,8 @@ import math
 import triton
 import triton.language as tl
 
+from mvsplit_ops._host import ceil_div, new, require, row_stride, rows
 from mvsplit_ops.triton_kernels._common import launch, missing, wide
-from mvsplit_ops.triton_kernels._host import ceil_div, new, require, row_stride, rows
 
 __all__ = ["missing", "swiglu_bwd", "swiglu_fwd"]
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from model import checkpoint
 from model.studies.amplification import Amplification
 from model.studies.outcomes import Controls, Guarded
 from model.studies.overhead import Overhead
+from model.train import checkpoint
 
 STUDIES = {
     "amplification": Amplification(),

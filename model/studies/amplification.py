@@ -8,9 +8,9 @@ arXiv 2605.06169 reports R^2 above 0.9.
 import math
 
 from model.config import UsageError
-from model.diagnostics import WRITERS
+from model.stability.metrics import WRITERS
+from model.stability.trace import load
 from model.studies.base import Study, contenders
-from model.trace import load
 
 KAPPAS = {"kappa": "(T - 1) kappa", "kappa_signed": "(T - 1) kappa with signs"}
 PAPER_R2 = 0.9

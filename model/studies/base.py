@@ -2,7 +2,7 @@
 
 from model import config as configuration
 from model.config import CONTENDERS
-from model.runs import Job, train_all
+from model.train.runs import Job, train_all
 
 
 class Study:

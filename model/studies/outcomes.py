@@ -5,10 +5,10 @@ import statistics
 from model.config import CONTENDERS
 from model.data import open_dataset
 from model.demo import trivial_loss
-from model.guard import LOCK_LAST, LOCKED, TRIP, WATCH
-from model.runs import Job
+from model.stability.guard import LOCK_LAST, LOCKED, TRIP, WATCH
+from model.stability.trace import load, replay
 from model.studies.base import Study, config_of, contenders
-from model.trace import load, replay
+from model.train.runs import Job
 
 LAST = 10  # steps at the end whose mean loss is told
 LEARNED = 0.75  # of the loss of predicting nothing: a run that ends above it has not learned

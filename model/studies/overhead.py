@@ -5,11 +5,11 @@ import time
 
 from model.config import CONTENDERS, preset
 from model.data import open_dataset
-from model.dit import build
-from model.optim import make_optimizer
-from model.step import draw_batch, gradient_norms, gradients, prepare, update
+from model.nn.dit import build
+from model.stability.taps import MAPS_EVERY, Recorder
 from model.studies.base import Study
-from model.taps import MAPS_EVERY, Recorder
+from model.train.optim import make_optimizer
+from model.train.step import draw_batch, gradient_norms, gradients, prepare, update
 
 STEPS = 50
 WARM = 2  # steps that are not timed

@@ -7,7 +7,7 @@ import torch
 
 from mvsplit_ops import _cuda
 from mvsplit_ops._cuda import device
-from mvsplit_ops._cuda.device import LIMITS
+from mvsplit_ops._cuda.launch import LIMITS
 
 WIDTHS = (1024, 1536, 2048)  # D, in heads of 64 and 128
 SEGMENTS = ((256, 64), (256, 256), (320,))  # tokens

@@ -5,11 +5,12 @@ import math
 
 import torch
 
-from mvsplit_ops._cuda.device import Launch, Program, device_of
-from mvsplit_ops.triton_kernels import _host
-from mvsplit_ops.triton_kernels._host import accumulator, ceil_div
+from mvsplit_ops import _host
+from mvsplit_ops._cuda.device import device_of
+from mvsplit_ops._cuda.launch import Launch, Program
+from mvsplit_ops._host import accumulator, ceil_div
 
-DTYPES = {
+CUDA_TYPES = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
     torch.float32: "float",
@@ -25,13 +26,13 @@ def new(like, shape, dtype=None):
 
 
 def new_statistics(like, *shape):
-    return new(like, shape, accumulator(like))
+    return new(like, shape, accumulator(like.dtype))
 
 
 @functools.lru_cache(maxsize=4096)
 def program(source, dtype, **defines):
     """The Program for activations of a dtype."""
-    named = {"DTYPE": DTYPES[dtype], **defines}
+    named = {"DTYPE": CUDA_TYPES[dtype], **defines}
     return Program(source, tuple(f"{name}={value}" for name, value in named.items()))
 
 

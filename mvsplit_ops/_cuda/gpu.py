@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from mvsplit_ops._cuda import compile
-from mvsplit_ops._cuda.device import Limits, pack
+from mvsplit_ops._cuda.launch import Limits, pack
 
 OLDEST_PYTHON, OLDEST_GPU = (12, 9), (8, 0)
 DEFAULT_SHARED, PORTABLE_CLUSTER = 48 << 10, 8  # what a launch gets without asking for more
@@ -90,7 +90,7 @@ class GPU:
     def launch(self, program, launch, args):
         if launch.grid == 0:
             return
-        stream = _current_stream(self.index)
+        stream = torch.cuda.current_stream(self.index).cuda_stream
         ready = self._ready.get((program, launch, stream))
         if ready is None:
             ready = self._prepare(program, launch, stream)
@@ -245,11 +245,6 @@ class GPU:
         raise RuntimeError(
             f"mvsplit_ops: {function} failed on cuda:{self.index}{where}: {name}: {text}{hint}"
         )
-
-
-def _current_stream(index):
-    """torch's current stream on a GPU, as a number: the way torch's own generated code asks."""
-    return torch._C._cuda_getCurrentRawStream(index)
 
 
 def _bindings_version():

@@ -11,8 +11,9 @@ from mvsplit_ops._cuda.common import (
     sum_rows,
     vector,
 )
-from mvsplit_ops._cuda.device import Launch, device_of
-from mvsplit_ops.triton_kernels._host import dense, power_of_two, require_heads, tables, with_rows
+from mvsplit_ops._cuda.device import device_of
+from mvsplit_ops._cuda.launch import Launch
+from mvsplit_ops._host import dense, power_of_two, require_heads, tables, with_rows
 
 THREADS = 128  # as in rope_qk_norm.cu
 # Rows of partial sums of dw at most: some blocks for each of 132 SMs, and little to add.

@@ -22,8 +22,9 @@ from mvsplit_ops._cuda.common import (
     sum_rows,
     vector,
 )
-from mvsplit_ops._cuda.device import Launch, device_of
-from mvsplit_ops.triton_kernels._host import blocks, dense, power_of_two, require_merge
+from mvsplit_ops._cuda.device import device_of
+from mvsplit_ops._cuda.launch import Launch
+from mvsplit_ops._host import blocks, dense, power_of_two, require_merge
 
 MOST_SEGMENTS = 64  # as in mvsplit_rmsnorm.cu
 THREADS = 256  # of a block; twice as many where no second block shares its SM

@@ -10,8 +10,9 @@ from mvsplit_ops._cuda.common import (
     sum_rows,
     vector,
 )
-from mvsplit_ops._cuda.device import Launch, device_of
-from mvsplit_ops.triton_kernels._host import dense, require_residual
+from mvsplit_ops._cuda.device import device_of
+from mvsplit_ops._cuda.launch import Launch
+from mvsplit_ops._host import dense, require_residual
 
 
 def residual_rmsnorm_fwd(x, f, scale, weight, eps):

@@ -4,7 +4,7 @@ import functools
 from dataclasses import dataclass
 
 from mvsplit_ops._cuda.common import ceil_div
-from mvsplit_ops.triton_kernels._host import power_of_two
+from mvsplit_ops._host import power_of_two
 
 # Elements of each tensor a thread, of float32 accumulators, and threads of a block. Forward a warp
 # has the paper's row of 1024: no barrier a row, eight 16-byte loads in flight, 80 registers.

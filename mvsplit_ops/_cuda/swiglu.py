@@ -1,8 +1,9 @@
 """Launchers of csrc/cuda/swiglu.cu."""
 
 from mvsplit_ops._cuda.common import ceil_div, new, program, vector
-from mvsplit_ops._cuda.device import Launch, device_of
-from mvsplit_ops.triton_kernels._host import require, row_stride, rows
+from mvsplit_ops._cuda.device import device_of
+from mvsplit_ops._cuda.launch import Launch
+from mvsplit_ops._host import require, row_stride, rows
 
 THREADS, ITEMS = 256, 2  # as in swiglu.cu
 

@@ -1,0 +1,53 @@
+import pytest
+import torch
+
+from bench.cases import CASES, Shape
+from bench.common.accuracy import Inaccurate, require_accurate, require_case
+
+TINY = Shape(B=2, segments=(9, 4), D=64, H=4, F=24)
+
+
+def test_twice_eagers_error_is_allowed_and_more_is_not():
+    exact = torch.ones(4, dtype=torch.float64)
+    eager = torch.tensor([1.0, 1.0, 1.0, 1.01])
+    require_accurate("op", torch.tensor([1.0, 1.0199, 1.0, 1.0]), eager, exact)
+    with pytest.raises(Inaccurate, match="op: largest error 3.00e-02"):
+        require_accurate("op", torch.tensor([1.0, 1.03, 1.0, 1.0]), eager, exact)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_is_wrong(wrong):
+    exact = torch.ones(2, dtype=torch.float64)
+    with pytest.raises(Inaccurate, match="not finite"):
+        require_accurate("op", torch.tensor([1.0, wrong]), torch.ones(2), exact)
+
+
+def test_another_shape_is_wrong():
+    with pytest.raises(Inaccurate, match="shape"):
+        require_accurate("op", torch.ones(1), torch.ones(2), torch.ones(2).double())
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.op)
+def test_every_case_is_right_and_a_wrong_kernel_is_found(case):
+    inputs = case.inputs(TINY, torch.Generator().manual_seed(0))
+    require_case(case, "fused", case.fused(), inputs)
+
+    def wrong_result(*inputs):
+        return tuple(t * 1.02 for t in case.fused()(*inputs))
+
+    class WrongGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, t):
+            return t.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return 1.02 * g
+
+    def wrong_gradient(*inputs):
+        return tuple(WrongGradient.apply(t) for t in case.fused()(*inputs))
+
+    with pytest.raises(Inaccurate, match=f"{case.op}, off, result 0"):
+        require_case(case, "off", wrong_result, inputs)
+    with pytest.raises(Inaccurate, match=f"{case.op}, off, gradient"):
+        require_case(case, "off", wrong_gradient, inputs)

@@ -1,0 +1,202 @@
+"""Whole steps: who takes turns, what a step goes to, what the table tells."""
+
+import json
+import types
+
+import pytest
+import torch
+from torch.autograd import DeviceType
+
+from bench.__main__ import main
+from bench.measure import train_step
+from bench.measure.op_ranges import BLOCK, Range
+from bench.measure.workload import Workload
+from bench.static import cuda_emulator
+from model.config import preset
+
+SMALL = {"depth": 2, "batch": 2, "device": "cpu", "probes": False}
+
+
+def test_variants_are_timed_in_turn_and_split_up():
+    said = []
+    variants = [
+        (residual, implementation, policy)
+        for residual in ("layerscale", "mvsplit")
+        for implementation, policy in (("cpu", "none"), ("eager", "full"))
+    ]
+    result = train_step.measure(
+        "collapse100", SMALL, variants, 2, progress=lambda what, of: said.append(of)
+    )
+    assert [(r.residual, r.implementation, r.checkpointing) for r in result.rows] == variants
+    assert said == [12] * 12
+    for row in result.rows:
+        assert row.gradients > 0 and row.update > 0 and row.loader > 0
+        assert list(row.breakdown) == list(train_step.STEP_PARTS)
+        assert sum(row.breakdown.values()) >= row.step * (1 - 1e-9)
+        for part in ("matrix products", "attention", "operators", "optimizer"):
+            assert row.breakdown[part] > 0, part
+        assert row.breakdown["communication"] == 0
+        tokens = 2 * (64 + 4)
+        assert row.tokens_per_second == pytest.approx(tokens / row.step)
+    eager, cpu = (next(r for r in result.rows if r.implementation == n) for n in ("eager", "cpu"))
+    assert eager.flops == cpu.flops > 0  # those computed again do not count
+    assert result.run["config"]["depth"] == 2 and result.run["matmul_flops_per_second"] > 0
+    assert train_step.Steps.from_json(json.loads(json.dumps(result.to_json()))) == result
+
+
+def test_recomputing_takes_less_memory():
+    load = Workload(preset("collapse100", **{**SMALL, "depth": 8}))
+    peaks = {}
+    for policy in ("none", "full"):
+        with load.running("cpu", policy):
+            load.step()
+            peaks[policy] = train_step._peak_bytes(load, "cpu")
+    assert peaks["full"] < 0.8 * peaks["none"]
+
+
+def test_a_policy_that_finds_no_memory_is_told_and_the_others_are_timed(monkeypatch, capsys):
+    right = Workload.step
+
+    def full_memory(load):
+        if load.model.config.checkpointing == "none":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB\nmore")
+        right(load)
+
+    monkeypatch.setattr(Workload, "step", full_memory)
+    variants = [("mvsplit", "cpu", policy) for policy in ("none", "full")]
+    result = train_step.measure("collapse100", SMALL, variants, 1)
+    assert [row.checkpointing for row in result.rows] == ["full"]
+    assert result.failed == {"mvsplit, cpu, none": "CUDA out of memory. Tried to allocate 1 TiB"}
+    with pytest.raises(RuntimeError, match="no step fits in memory"):
+        train_step.measure("collapse100", SMALL, variants[:1], 1)
+
+
+def test_a_model_serves_every_implementation_and_is_left_as_it_was():
+    load = Workload(preset("collapse100", **SMALL))
+    blocks, config = load.model.blocks, load.model.config
+    with pytest.raises(KeyError), load.running("compile", "full"):
+        assert load.model.blocks is not blocks and load.model.config.checkpointing == "full"
+        assert next(load.model.blocks.parameters()) is next(blocks.parameters())
+        raise KeyError
+    assert load.model.blocks is blocks and load.model.config is config
+
+
+def event(name, cpu=0.0, gpu=0.0, parent=None):
+    return types.SimpleNamespace(
+        name=name,
+        self_cpu_time_total=1e6 * cpu,
+        self_device_time_total=1e6 * gpu,
+        cpu_parent=parent,
+        device_type=DeviceType.CPU,
+    )
+
+
+def test_a_steps_time_goes_to_its_parts():
+    merge = event(str(Range("mvsplit_rmsnorm", "fwd", 0)), cpu=9.0)
+    block = event(str(Range(BLOCK, "fwd", 0)), cpu=9.0)
+    update = event(str(train_step.UPDATE), cpu=9.0)
+    events = [
+        *(merge, block, update),
+        event("aten::mul", 1.0, 0.1, merge),
+        event("mvsplit::swiglu_fwd", 2.0, 0.2),
+        event("aten::mm", 3.0, 0.3, block),
+        event("aten::_scaled_dot_product_flash_attention", 4.0, 0.4, block),
+        event("aten::add", 5.0, 0.5, block),
+        event("aten::_fused_adamw_", 6.0, 0.6, update),
+        event("c10d::allreduce_", 7.0, 0.7),
+        event("## Call CompiledFxGraph fswy ##", 8.0),
+        event("autograd::engine::evaluate_function: MulBackward0", 9.0),
+        event("CompiledFunction", 9.0),
+    ]
+    assert list(train_step.parts_of(events, cuda=False)) == list(train_step.STEP_PARTS[:-1])
+    found = [3.0, 4.0, 1.0 + 2.0, 5.0 + 8.0, 6.0, 7.0]
+    assert list(train_step.parts_of(events, cuda=False).values()) == pytest.approx(found)
+    found = [0.3, 0.4, 0.1 + 0.2, 0.5, 0.6, 0.7]
+    assert list(train_step.parts_of(events, cuda=True).values()) == pytest.approx(found)
+
+
+def a_row(implementation, gradients):
+    return train_step.StepTiming(
+        residual="mvsplit",
+        implementation=implementation,
+        checkpointing="none",
+        loader=1e-3,
+        gradients=gradients,
+        update=1.0,
+        breakdown=dict.fromkeys(train_step.STEP_PARTS, 0.5),
+        tokens_per_second=100.0,
+        flops=10**12,
+        peak_bytes=None,
+    )
+
+
+def test_the_table_compares_with_the_first_and_with_the_matrix_products():
+    config = {"depth": 1, "dim": 1, "batch": 1, "precision": "fp32", "data": "shapes"}
+    run = {"device": "d", "threads": 1, "preset": "p", "repeats": 1, "torch": "t", "date": "d"}
+    run |= {"commit": "c", "config": config, "matmul_flops_per_second": 2e12}
+    rows = [a_row("eager", 1.0), a_row("cpu", 0.0)]
+    steps = train_step.Steps(run, rows, {"mvsplit, cpu, none": "out of memory"})
+    columns = {c.header: list(c.cells) for c in train_step.table(steps).columns}
+    assert "mvsplit, cpu, none: out of memory" in train_step.table(steps).caption
+    assert columns["to the first"] == ["1.000x", "0.500x"]
+    assert columns["TFLOP/s"] == ["0.5", "1"] and columns["% matmul"] == ["25.0", "50.0"]
+    shares = {c.header: list(c.cells) for c in train_step.breakdown_table(steps).columns}
+    assert shares["attention"] == ["14.3%", "14.3%"]
+
+
+def test_the_default_is_every_implementation_then_every_policy():
+    found = train_step._variants(
+        "collapse100", SMALL, ["mvsplit"], ["eager", "cpu"], ["none", "full"]
+    )
+    assert found == [
+        ("mvsplit", "eager", "none"), ("mvsplit", "cpu", "none"), ("mvsplit", "cpu", "full")
+    ]  # fmt: skip
+
+
+def test_latents_that_are_in_no_folder_are_random():
+    overrides = {**SMALL, "text_tokens": 4, "size": 4, "dim": 32, "heads": 2, "ffn": 96}
+    overrides |= {"text_dim": 32, "data_path": "", "micro_batch": 0, "precision": "fp32"}
+    config = preset("dit400-mvsplit", **overrides)
+    load = Workload(config)
+    assert load.batch.x0.shape == (2, 128, 4, 4)
+    assert torch.equal(load.draw(3).x0, load.draw(3).x0)
+    assert not torch.equal(load.draw(3).x0, load.draw(4).x0)
+
+
+def test_the_command_prints_and_records(tmp_path, capsys):
+    path, trace = tmp_path / "steps.jsonl", tmp_path / "t.json"
+    args = ["step", "tiny", "--repeats", "1", "--blocks", "2", "--batch", "2", "--nvtx"]
+    args += ["--backend", "reference", "cpu", "--checkpointing", "full"]
+    assert main([*args, "--json", str(path), "--trace", str(trace)]) == 0
+    shown = capsys.readouterr().out
+    assert "One optimizer step" in shown and "What a step goes to" in shown
+    record = json.loads(path.read_text())
+    assert record["kind"] == "step" and json.loads(trace.read_text())["traceEvents"]
+    found = [(r["implementation"], r["checkpointing"]) for r in record["rows"]]
+    assert found == [("eager", "none"), ("cpu", "none"), ("cpu", "full")]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--set", "dept=2"], "no field 'dept'; did you mean depth"),
+        (["--json", "nowhere/x.jsonl"], "no folder"),
+        (["--backend", "cuda"], "backend 'cuda' cannot run here"),
+        (["--backend", "triton"], "nothing to time"),
+        (["--backend", "apex"], "there are: eager, compile, cpu"),
+        (["--residual", "rez"], "there are: post, layerscale"),
+        (["--checkpointing", "4/3"], "checkpointing must be none, full"),
+        (["--device", "cuda:9"], "cannot use 'cuda:9' here"),
+    ],
+    ids=lambda a: a if isinstance(a, str) else a[0],
+)
+def test_bad_input_is_one_error(args, message, capsys):
+    with cuda_emulator.absent():
+        assert main(["step", "tiny", "--blocks", "1", *args]) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_an_unknown_preset_is_refused_with_those_there_are(capsys):
+    with pytest.raises(SystemExit):
+        main(["step", "collapse1000"])
+    assert "dit1000-mvsplit" in capsys.readouterr().err

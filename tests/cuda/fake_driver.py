@@ -1,0 +1,226 @@
+"""What mvsplit_ops._cuda.gpu does to a driver, in a process whose libcuda.so.1 is fake_driver.c.
+
+test_cuda_gpu.py runs this file with two folders, of the library and of compiled kernels; it
+prints {case: {"value", "error", "log"}} as JSON, `log` the driver's calls. torch has no CUDA here:
+what gpu.py asks of it is answered below.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+
+import torch
+
+from mvsplit_ops._cuda import compile, gpu
+from mvsplit_ops._cuda.launch import Launch, Program
+
+SWIGLU = Program("swiglu", ("DTYPE=bfloat16", "VEC=8"))
+FORWARD = Launch("swiglu_fwd", 3, 256)
+X = torch.zeros(2, 32, dtype=torch.bfloat16)
+ARGUMENTS = (X, None, X, 4, 16, 32, 0, 16)
+
+torch_state = {"stream": 0x57, "capturing": False, "device": 0}
+cases = []
+
+
+@contextlib.contextmanager
+def torch_device(index):
+    before, torch_state["device"] = torch_state["device"], index
+    yield
+    torch_state["device"] = before
+
+
+torch.cuda.device = torch_device
+torch.cuda.is_current_stream_capturing = lambda: torch_state["capturing"]
+torch._C._cuda_getCurrentRawStream = lambda index: torch_state["stream"] + index
+
+
+def case(function):
+    cases.append(function)
+    return function
+
+
+def driver():
+    from cuda.bindings import driver
+
+    return driver
+
+
+def loaded(index=1):
+    """A GPU on which both kernels have run; from here on the log is what follows."""
+    device = gpu.GPU(index)
+    device.launch(SWIGLU, FORWARD, ARGUMENTS)
+    device.launch(SWIGLU, Launch("swiglu_bwd", 3, 256), ARGUMENTS)
+    driver().cuCtxSetCurrent(device._context)
+    forget()
+    return device
+
+
+def forget():
+    Path(os.environ["FAKE_CUDA_LOG"]).write_text("")
+
+
+@case
+def limits():
+    found = {}
+    for capability in ("7.5", "8.0", "8.6", "9.0", "10.3", "12.0"):
+        os.environ["FAKE_CUDA_GPU"] = capability
+        try:
+            found[capability] = vars(gpu.GPU(0).limits)
+        except RuntimeError as error:
+            found[capability] = str(error)
+    del os.environ["FAKE_CUDA_GPU"]
+    return found
+
+
+@case
+def first_launch():
+    gpu.GPU(1).launch(SWIGLU, FORWARD, ARGUMENTS)
+    return X.data_ptr()
+
+
+@case
+def second_launch():
+    loaded().launch(SWIGLU, FORWARD, ARGUMENTS)
+
+
+@case
+def no_blocks():
+    loaded().launch(SWIGLU, Launch("swiglu_fwd", 0, 256), ARGUMENTS)
+
+
+@case
+def cluster_and_shared_memory():
+    device = loaded()
+    for cluster, shared in ((8, 48 << 10), (16, 200 << 10), (4, 100 << 10), (2, 201 << 10)):
+        device.launch(SWIGLU, Launch("swiglu_bwd", 32, 256, cluster, shared), ARGUMENTS)
+
+
+@case
+def streams():
+    device = loaded()
+    for stream in (0, 7, 0x7FFF12345678):
+        torch_state["stream"] = stream
+        device.launch(SWIGLU, FORWARD, ARGUMENTS)
+    torch_state["stream"] = 0x57
+
+
+@case
+def another_gpu_is_current():
+    device, other = loaded(1), loaded(0)
+    device.launch(SWIGLU, FORWARD, ARGUMENTS)
+    return int(driver().cuCtxGetCurrent()[1]) == other._context_at
+
+
+@case
+def thread_without_a_context():
+    device, after = loaded(), []
+
+    def run():
+        device.launch(SWIGLU, FORWARD, ARGUMENTS)
+        after.append(int(driver().cuCtxGetCurrent()[1]))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return after
+
+
+@case
+def threads_at_once():
+    """Each launch has the arguments of its own call, whatever other threads launch."""
+    device = loaded()
+
+    def run(first):
+        for n in range(first, first + 50):
+            device.launch(SWIGLU, FORWARD, (None, None, None, n, 0, 0, 0, 0))
+
+    threads = [threading.Thread(target=run, args=(1000 * i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+@case
+def many_shapes():
+    device, gpu.MOST_CONFIGURATIONS = loaded(), 8
+    for grid in range(1, 30):
+        device.launch(SWIGLU, Launch("swiglu_fwd", grid, 256), ARGUMENTS)
+    return len(device._ready)
+
+
+@case
+def holds():
+    device, fits = loaded(), {}
+    for cluster, shared in ((0, 0), (0, 300 << 10), (8, 60 << 10), (16, 0), (32, 0), (8, 60 << 10)):
+        launch = Launch("swiglu_bwd", 64, 256, cluster, shared)
+        fits[f"{cluster} {shared >> 10}"] = device.holds(SWIGLU, launch)
+    return fits
+
+
+@case
+def capture_of_what_is_loaded():
+    device = loaded()
+    torch_state["capturing"] = True
+    device.launch(SWIGLU, FORWARD, ARGUMENTS)
+
+
+@case
+def capture_before_the_first_launch():
+    device = gpu.GPU(0)
+    forget()
+    torch_state["capturing"] = True
+    device.launch(SWIGLU, FORWARD, ARGUMENTS)
+
+
+@case
+def launch_fails():
+    device = loaded()
+    os.environ["FAKE_CUDA_FAIL"] = "cuLaunchKernelEx"
+    device.launch(SWIGLU, FORWARD, ARGUMENTS)
+
+
+@case
+def load_fails():
+    os.environ["FAKE_CUDA_FAIL"] = "cuModuleLoadData"
+    gpu.GPU(0).launch(SWIGLU, FORWARD, ARGUMENTS)
+
+
+@case
+def no_such_kernel():
+    gpu.GPU(0).launch(SWIGLU, Launch("swiglu", 3, 256), ARGUMENTS)
+
+
+@case
+def context_after_an_error():
+    device = gpu.GPU(0)
+    os.environ["FAKE_CUDA_FAIL"] = "cuFuncSetAttribute"
+    try:
+        device.launch(SWIGLU, Launch("swiglu_fwd", 16, 256, cluster=16), ARGUMENTS)
+    except RuntimeError as error:
+        return str(error), int(driver().cuCtxGetCurrent()[1])
+
+
+def run(function):
+    forget()
+    result = {"value": None, "error": None}
+    try:
+        result["value"] = function()
+    except RuntimeError as error:
+        result["error"] = str(error)
+    finally:
+        torch_state["capturing"] = False
+        os.environ.pop("FAKE_CUDA_FAIL", None)
+        driver().cuCtxSetCurrent(0)
+    result["log"] = Path(os.environ["FAKE_CUDA_LOG"]).read_text().splitlines()
+    return result
+
+
+if __name__ == "__main__":
+    os.environ["FAKE_CUDA_LOG"] = str(Path(sys.argv[1]) / "log")
+    compile.use_cache(sys.argv[2])
+    json.dump({function.__name__: run(function) for function in cases}, sys.stdout)

@@ -1,0 +1,99 @@
+"""What NVRTC makes of csrc/cuda for GPUs that need not be here: registers, spills, widths."""
+
+import re
+
+import pytest
+import torch
+
+from bench.static.machine_code import resources, sass
+from mvsplit_ops import _cuda
+from mvsplit_ops._cuda import catalogue, compile, mvsplit_rmsnorm
+from mvsplit_ops._cuda.launch import LIMITS
+
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
+REGISTERS = 65536  # of an SM
+# Kernels that read and write partial sums alone, a column a thread.
+OF_SUMS = {"sum_rows", "sweep_units"}
+
+
+def every_option(dtype):
+    """The options of the operators that a model may use and the paper's does not."""
+    x, gain = torch.empty(2, 320, 1024, dtype=dtype), torch.empty(1024, dtype=torch.float32)
+    merge = x, x, gain, gain, gain.to(dtype)
+    for jx, carry in ((None, False), (torch.empty(2, 2, 1024), True)):
+        y, _, rstd, new_jx, jf = _cuda.mvsplit_rmsnorm_fwd(*merge, jx, (256, 64), 1e-5, carry)
+    jx = new_jx if jx is None else jx
+    _cuda.mvsplit_rmsnorm_bwd(y, *merge, rstd, jx, jf, (256, 64))
+    for scale in (None, gain):
+        y, rstd = _cuda.residual_rmsnorm_fwd(x, x, scale, gain, 1e-5)
+        _cuda.residual_rmsnorm_bwd(y, x, x, scale, gain, rstd)
+    q, cos = torch.empty(2, 320, 8, 128, dtype=dtype), torch.empty(320, 64)
+    for interleaved in (False, True):
+        _cuda.rope_fwd(q, cos, cos, interleaved, True)
+        for norm_first in (False, True):
+            flags = interleaved, False, norm_first
+            for weight in (None, torch.empty(128)):
+                _, _, *rstds = _cuda.rope_qk_norm_fwd(q, q, cos, cos, weight, weight, 1e-6, *flags)
+                _cuda.rope_qk_norm_bwd(q, q, q, q, cos, cos, *rstds, weight, weight, *flags)
+
+
+def programs(architecture, dtype):
+    """{Program: [Launch]}: the usual shapes in bfloat16, the paper's with every option."""
+    launches = catalogue.launches(architecture) if dtype == torch.bfloat16 else []
+    with catalogue.recording(architecture) as recorder, torch.device("meta"):
+        every_option(dtype)
+    found = {}
+    for program, launch in (*launches, *recorder.launches):
+        found.setdefault(program, {})[launch.kernel] = launch
+    return found
+
+
+CASES = [(a, d) for a in ARCHITECTURES for d in (torch.bfloat16, torch.float16, torch.float32)]
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), CASES, ids=str)
+def test_no_spills_wide_accesses_and_room_for_the_blocks_of_the_table(architecture, dtype):
+    wrong = []
+    for program, launches in programs(architecture, dtype).items():
+        cubin = compile.nvrtc().compile(program, architecture)
+        used, code = resources(cubin), sass(cubin)
+        for kernel, launch in launches.items():
+            plain = "WEIGHT=0" in program.defines
+            fault = judge(used[kernel], code[kernel], launch, LIMITS[architecture], plain)
+            if fault:
+                wrong.append(f"{program.source} {' '.join(program.defines)} {kernel}: {fault}")
+    assert not wrong, "\n".join(wrong)
+
+
+def judge(used, code, launch, limits, plain=True):
+    """What is wrong with a kernel for a launch; None: nothing."""
+    if used["STACK"] or used["LOCAL"]:
+        return f"spills {used['STACK'] + used['LOCAL']} bytes"
+    if launch.shared > limits.shared:
+        return f"takes {launch.shared} bytes of shared memory"
+    resident = 1
+    if launch.cluster:
+        direction = {v: k for k, v in mvsplit_rmsnorm.KERNELS.items()}[launch.kernel]
+        wanted = mvsplit_rmsnorm.KEPT[direction][1]
+        by_memory = limits.shared_sm // (launch.shared + 1024)
+        resident = min(wanted, by_memory) if plain else 1
+    allocated = -(-used["REG"] // 8) * 8 * launch.block  # in units of 256 a warp
+    if allocated * resident > REGISTERS:
+        return f"{used['REG']} registers leave no room for {resident} blocks of {launch.block}"
+    if launch.kernel not in OF_SUMS:
+        if not re.search(r"\bLDG\.E(\.\w+)*\.128|\bUBLKCP", code):
+            return "no 128-bit load"
+        if not re.search(r"\bSTG\.E(\.\w+)*\.128", code) and launch.kernel != "sweep_reduce":
+            return "no 128-bit store"
+    return None
+
+
+def test_the_judgement_can_fail():
+    _, launch = catalogue.launches("sm_80")[0]
+    used, limits = {"REG": 40, "STACK": 0, "LOCAL": 0}, LIMITS["sm_80"]
+    code = "LDG.E.128.CONSTANT STG.E.128"
+    assert judge(used, code, launch, limits) is None
+    assert judge({**used, "STACK": 8}, code, launch, limits) == "spills 8 bytes"
+    assert judge(used, "LDG.E.CONSTANT STG.E.128", launch, limits) == "no 128-bit load"
+    assert judge(used, "LDG.E.128 STG.E.64", launch, limits) == "no 128-bit store"
+    assert "leave no room" in judge({**used, "REG": 264}, code, launch, limits)

@@ -1,0 +1,231 @@
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import mvsplit_ops as mv
+from bench.static import cuda_emulator
+from bench.static.traffic import Recorder
+from mvsplit_ops import _C, _backends
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+
+
+def which_backend(x):
+    """The backend that a call of swiglu takes, read from the op that runs."""
+    with Recorder() as recorder:
+        mv.swiglu(x)
+    return recorder.calls[0][1][-1] if recorder.calls else "reference"
+
+
+def test_the_default_depends_on_the_device_type_alone():
+    assert which_backend(torch.randn(4)) == "cpu"
+    assert _backends.resolve("swiglu", None, torch.empty(0, device="meta")) == "cpu"
+
+
+def test_what_is_not_measured_takes_triton():
+    assert set(_backends.FASTEST) == {
+        (c, op) for c in ((8, 0), (9, 0), (10, 0)) for op in _backends.OPS
+    }
+    for (capability, op), (backend, file) in _backends.FASTEST.items():
+        if file is None:
+            assert backend == _backends.DEFAULTS["cuda"] == "triton", (capability, op)
+            continue
+        records = map(json.loads, (ROOT / "bench/results" / file).read_text().splitlines())
+        assert any("cuda" in record["run"]["device"].lower() for record in records), file
+
+
+def test_the_default_of_a_gpu_is_the_fastest_measured_there(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    assert _backends.default("rope", gpu) == "triton"
+    monkeypatch.setattr(_backends, "MEASURED", True)
+    monkeypatch.setitem(_backends.FASTEST, ((9, 0), "swiglu"), ("cuda", "some.jsonl"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert _backends.default("swiglu", gpu) == "cuda"
+    assert _backends.default("rope", gpu) == "triton"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    assert _backends.default("swiglu", gpu) == "triton"
+
+
+def test_use_backend_nests_and_ends():
+    x = torch.randn(4)
+    with mv.use_backend("reference"):
+        assert which_backend(x) == "reference"
+        with mv.use_backend("cpu"):
+            assert which_backend(x) == "cpu"
+        assert which_backend(x) == "reference"
+    assert which_backend(x) == "cpu"
+    with pytest.raises(KeyError), mv.use_backend("reference"):
+        raise KeyError
+    assert which_backend(x) == "cpu"
+
+
+def test_the_argument_goes_before_use_backend():
+    x = torch.randn(4)
+    with mv.use_backend("cuda"), cuda_emulator.absent():
+        assert torch.equal(mv.swiglu(x, backend="reference"), mv.reference.swiglu(x))
+        with pytest.raises(RuntimeError, match="swiglu: backend 'cuda' cannot run here"):
+            mv.swiglu(x)
+
+
+def test_use_backend_is_seen_by_compiled_code():
+    compiled = torch.compile(lambda x: mv.swiglu(x), fullgraph=True, backend="aot_eager")
+    compiled(torch.ones(2))
+    with (
+        mv.use_backend("cuda"),
+        cuda_emulator.absent(),
+        pytest.raises(Exception, match="cannot run here"),
+    ):
+        compiled(torch.ones(2))
+
+
+def test_an_unknown_backend_is_named():
+    message = "must be one of reference, cpu, triton, cuda, got 'gpu'"
+    with pytest.raises(ValueError, match=f"^rope: backend {message}"):
+        mv.rope(torch.ones(1, 1, 1, 2), torch.ones(1, 1), torch.ones(1, 1), backend="gpu")
+    with pytest.raises(ValueError, match=f"^use_backend: backend {message}"), mv.use_backend("gpu"):
+        pass
+    with pytest.raises(ValueError, match="^swiglu: backend must be one of"):
+        torch.ops.mvsplit.swiglu_fwd(torch.ones(2), "gpu")
+
+
+@pytest.mark.parametrize("op", _backends.OPS)
+def test_a_missing_backend_says_what_is_missing(op):
+    reasons = {b: ops[op] for b, ops in mv.backends().items()}
+    assert reasons["reference"] is None and reasons["cpu"] is None
+    for backend in ("triton", "cuda"):
+        if reasons[backend] is None:
+            continue
+        with cuda_emulator.absent(), pytest.raises(RuntimeError) as error:
+            _backends.kernel(backend, op, "_fwd", "cpu")
+        assert f"{op}: backend '{backend}' cannot run here: " in str(error.value)
+        assert str(error.value).endswith("or pass backend='reference'")
+
+
+def test_the_reference_is_no_kernel():
+    with pytest.raises(RuntimeError, match="swiglu: backend 'reference' is no kernel"):
+        torch.ops.mvsplit.swiglu_fwd(torch.ones(2), "reference")
+
+
+def test_a_backend_refuses_the_tensors_of_another_device():
+    with pytest.raises(RuntimeError, match="takes tensors on cpu, not cuda"):
+        _backends.kernel("cpu", "rope", "_fwd", "cuda")
+
+
+def test_a_device_without_a_default_says_so():
+    class Elsewhere(torch.Tensor):
+        device = torch.device("mps")
+
+    with pytest.raises(RuntimeError, match="no backend is the default on device type 'mps'"):
+        _backends.resolve("rope", None, torch.empty(0).as_subclass(Elsewhere))
+
+
+def test_without_the_extension_the_remedy_is_named():
+    """A checkout that was not built: everything but the cpu backend works."""
+    code = (
+        "import sys; sys.modules['mvsplit_ops._C'] = None\n"
+        "import torch, mvsplit_ops as mv\n"
+        "x = torch.randn(4)\n"
+        "mv.swiglu(x, backend='reference')\n"
+        "try: mv.swiglu(x)\n"
+        "except RuntimeError as e: print(e)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "swiglu: backend 'cpu' cannot run here: the C++ extension is not built; run pip"
+        in done.stdout
+    )
+
+
+def test_triton_without_gpu_or_interpreter_names_the_remedy():
+    code = (
+        "import torch, mvsplit_ops as mv\n"
+        "try: mv.swiglu(torch.randn(4), backend='triton')\n"
+        "except RuntimeError as e: print(e)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert (
+        "swiglu: backend 'triton' cannot run here: CPU tensors need Triton's interpreter; "
+        "set TRITON_INTERPRET=1 before Python starts; or pass backend='reference'" in done.stdout
+    )
+
+
+def test_an_old_triton_is_named(monkeypatch):
+    from mvsplit_ops.triton_kernels import _common
+
+    monkeypatch.setattr(_common.triton, "__version__", "3.4.0")
+    assert _common.missing("cuda").startswith("Triton 3.5 or newer is needed, found 3.4.0")
+    monkeypatch.setattr(_common.triton, "__version__", "3.10.0+git1")
+    assert _common.missing("cuda") is None
+
+
+def test_report_of_what_runs_where():
+    command = [sys.executable, "-m", "mvsplit_ops"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    for op in _backends.OPS:
+        (line,) = (line.split() for line in done.stdout.splitlines() if line.startswith(f"{op} "))
+        reasons = [ops[op] for ops in mv.backends().values()]
+        assert line[1:] == ["yes" if r is None else "-" for r in reasons]
+    for ops in mv.backends().values():
+        for reason in filter(None, ops.values()):
+            assert reason in done.stdout
+
+
+def test_import_prints_nothing():
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "import mvsplit_ops, bench.profile, model"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_instruction_sets_can_be_chosen_and_a_wrong_one_is_named():
+    before = _C.capability()
+    for name in _C.capabilities():
+        _C.set_capability(name)
+        assert _C.capability() == name
+    with pytest.raises(ValueError, match="instruction set must be one of .*got 'AVX9'"):
+        _C.set_capability("AVX9")
+    _C.set_capability(before)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
+def test_backward_ops_stay_inside_their_tensors(backend):
+    """A direct call of a backward kernel with shapes that do not belong together."""
+    ops, x = torch.ops.mvsplit, torch.randn(2, 4, 8)
+    q, rstd, a = torch.randn(2, 4, 1, 8), torch.rand(2, 4), torch.rand(8)
+    mean = torch.rand(2, 1, 8)
+    calls = (
+        lambda: ops.swiglu_bwd(torch.randn(2, 4, 3), x, backend),
+        lambda: ops.swiglu_bwd(torch.randn(2, 4, 4).double(), x, backend),
+        lambda: ops.rope_bwd(q, torch.rand(3, 4), torch.rand(3, 4), False, False, backend),
+        lambda: ops.qk_norm_bwd(
+            q, q, q[:1], q, rstd[..., None], rstd[..., None], None, None, backend
+        ),
+        lambda: ops.qk_norm_bwd(q, q, q, q, rstd, rstd[..., None], None, None, backend),
+        lambda: ops.residual_rmsnorm_bwd(x, x[:1], None, None, None, rstd, backend),
+        lambda: ops.residual_rmsnorm_bwd(x, x, None, a, None, rstd, backend),
+        lambda: ops.mvsplit_rmsnorm_bwd(x, x, x, a, a, None, rstd, mean, mean, [3], backend),
+        lambda: ops.mvsplit_rmsnorm_bwd(x, x, x, a, a, None, rstd, mean, mean[:1], [4], backend),
+        lambda: ops.mvsplit_rmsnorm_bwd(x, x, x, a, a, None, rstd[:1], mean, mean, [4], backend),
+        lambda: ops.mvsplit_rmsnorm_bwd(x, x, x, a[:4], a, None, rstd, mean, mean, [4], backend),
+        lambda: ops.mvsplit_rmsnorm_bwd(
+            x, x.bfloat16(), x, a, a, None, rstd, mean, mean, [4], backend
+        ),
+    )
+    if torch.cuda.is_available() and backend != "cpu":
+        pytest.skip("on a GPU these kernels take tensors there, and these are on the CPU")
+    for call in calls:
+        with pytest.raises(RuntimeError, match="mvsplit_ops: "):
+            call()
