@@ -1,9 +1,8 @@
-"""The architecture, as far as a test can hold it: who imports whom, which files belong together."""
+"""The structure of the checkout: who imports whom, which files belong together, what is named once."""
 
 import ast
-import pathlib
+import inspect
 import re
-from graphlib import TopologicalSorter
 
 import pytest
 import torch
@@ -11,74 +10,113 @@ import torch
 import mvsplit_ops as mv
 from bench.cases import CASES, PROFILE, calls_per_step
 from mvsplit_ops import _backends, reference
+from tests.import_graph import ROOT, import_graph, read_sources, shared_names, structural_faults
 
-ROOT = pathlib.Path(__file__).parent.parent
-PACKAGES = ("triton_kernels", "mvsplit_ops", "model", "bench")  # each may import those before it
-LAYERS = ("reference", "_check", "_backends", "_register", *_backends.OPS, "modules")
-
-
-def imports(path):
-    """Every module that a file imports, also inside functions."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            module = node.module.removeprefix("mvsplit_ops.")
-            # triton_kernels is installed as mvsplit_ops.triton_kernels: a layer of its own.
-            module = module if module.startswith("triton_kernels") else node.module
-            yield module
-            yield from (f"{module}.{alias.name}" for alias in node.names)
+SOURCES = read_sources()
 
 
-def python_files(package):
-    return sorted((ROOT / package).rglob("*.py"))
+def test_imports_form_no_circle_and_never_point_upward():
+    assert structural_faults(SOURCES) == []
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_packages_import_downwards_only(package):
-    above = (*PACKAGES[PACKAGES.index(package) + 1 :], "tests", "op_suite")
-    for path in python_files(package):
-        found = {name.split(".")[0] for name in imports(path)} & set(above)
-        assert not found, f"{path} imports {found}"
+PLANTED = [
+    # (module, import that is added to it, part of the reported fault)
+    (
+        "bench.common.records",
+        "from bench.report import write",
+        "bench.report.write, which is above",
+    ),
+    ("bench.static.traffic", "import tests.op_suite", "tests.op_suite, which is above"),
+    ("model.nn.flow", "from model.train.loop import train", "model.train.loop, which is above"),
+    ("mvsplit_ops.reference", "import mvsplit_ops as mv", "mvsplit_ops.__init__, which is above"),
+    ("model.config", "import bench.cases", "bench.cases, which is above"),
+    ("model.rng", "from model import config", "import circle: "),
+    ("bench.common.timing", "from bench.common import machine", "import circle: "),
+    (
+        "mvsplit_ops._cuda.swiglu",
+        "from mvsplit_ops.triton_kernels import swiglu",
+        "mvsplit_ops._cuda.swiglu imports mvsplit_ops.triton_kernels.swiglu: a backend may",
+    ),
+    (
+        "mvsplit_ops.triton_kernels.rope",
+        "import importlib; importlib.import_module('mvsplit_ops._cuda.heads')",
+        "mvsplit_ops.triton_kernels.rope imports mvsplit_ops._cuda.heads: a backend may",
+    ),
+]
 
 
-def test_kernels_know_nothing_of_registration():
-    for path in python_files("triton_kernels"):
-        used = {
-            ast.unparse(n)
-            for n in ast.walk(ast.parse(path.read_text()))
-            if isinstance(n, ast.Attribute)
+@pytest.mark.parametrize(("module", "statement", "fault"), PLANTED)
+def test_a_planted_import_inside_a_function_is_found(module, statement, fault):
+    planted = f"{SOURCES[module]}\n\ndef planted():\n    {statement}\n"
+    if module == "model.rng":  # config itself imports nothing of the model: close the circle
+        returning = f"{SOURCES['model.config']}\n\ndef planted():\n    from model import rng\n"
+        sources = {**SOURCES, module: planted, "model.config": returning}
+    else:
+        sources = {**SOURCES, module: planted}
+    assert any(fault in line for line in structural_faults(sources))
+
+
+def test_imports_resolve_to_the_modules_they_name():
+    graph = import_graph(
+        {
+            "a.__init__": "from a.b import value",
+            "a.b": "from a import c, value\nimport a.d.e\nimport torch",
+            "a.c": "def late():\n    from .d import e, other",
+            "a.d.__init__": "",
+            "a.d.e": "",
         }
-        assert not used & {"torch.library", "torch.autograd", "torch.ops"}, path
+    )
+    assert graph == {
+        "a.__init__": {"a.b"},
+        "a.b": {"a.c", "a.__init__", "a.d.e"},
+        "a.c": {"a.d.e", "a.d.__init__"},
+        "a.d.__init__": set(),
+        "a.d.e": set(),
+    }
 
 
-def test_modules_of_the_library_have_layers_and_no_cycle():
-    graph = {}
-    for name in LAYERS:
-        path = ROOT / "mvsplit_ops" / f"{name}.py"
-        used = {m.split(".")[1] for m in imports(path) if m.startswith("mvsplit_ops.")}
-        graph[name] = used & set(LAYERS)
-    tuple(TopologicalSorter(graph).static_order())  # CycleError
-    foundations = {"reference", "_check", "_backends", "_register"}
-    for name in foundations:
-        assert graph[name] <= foundations, name
-    assert all("modules" not in used for used in graph.values())
-    files = {p.stem for p in (ROOT / "mvsplit_ops").glob("*.py")}
-    assert files == {*LAYERS, "__init__", "__main__"}
+@pytest.mark.parametrize("package", ["mvsplit_ops", "model", "bench"])
+def test_public_classes_and_constants_have_unique_names(package):
+    assert shared_names(SOURCES, package) == {}
 
 
-def test_the_cuda_backend_knows_tensors_and_nothing_above():
-    """Its launchers stand where Triton's do: no registration, no reference, no public function."""
-    for path in python_files("mvsplit_ops/_cuda"):
-        used = {m.split(".")[1] for m in imports(path) if m.startswith("mvsplit_ops.")}
-        assert used <= {"_cuda"}, path
+def test_private_pytorch_api_is_used_in_one_file_only():
+    users = [name for name, source in SOURCES.items() if re.search(r"\btorch\._C\b", source)]
+    assert [name for name in users if not name.startswith("tests.")] == ["mvsplit_ops._register"]
+
+
+def test_no_module_changes_the_import_system():
+    """setup.py and bench import modules by their names, from where they are installed."""
+    sources = {name: s for name, s in SOURCES.items() if not name.startswith("tests.")}
+    sources["setup.py"] = (ROOT / "setup.py").read_text()
+    change = re.compile(
+        r"sys\.(path|meta_path|path_hooks)\b|sys\.modules(\[.*\] *=|\.(pop|update|set))"
+    )
+    assert [name for name, source in sources.items() if change.search(source)] == []
+
+
+def test_the_version_is_written_in_one_place():
+    version = re.escape(mv.__version__)
+    places = [ROOT / name for name in ("setup.py", "pyproject.toml", "CITATION.cff")]
+    places += (ROOT / "mvsplit_ops").glob("*.py")
+    defining = re.compile(rf"^_*version_*\s*[=:]\s*[\"']?{version}\b", re.M)
+    found = [path.name for path in places if defining.search(path.read_text())]
+    assert found == ["_version.py"]
+
+
+def test_triton_kernels_know_nothing_of_registration():
+    for name, source in SOURCES.items():
+        if name.startswith("mvsplit_ops.triton_kernels."):
+            used = {
+                ast.unparse(n) for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Attribute)
+            }
+            assert not used & {"torch.library", "torch.autograd", "torch.ops"}, name
 
 
 @pytest.mark.parametrize("op", _backends.OPS)
 def test_an_operator_has_the_same_stem_everywhere(op):
     files = f"csrc/cpu/{op}.cpp", f"mvsplit_ops/{op}.py", f"triton_kernels/{op}.py"
-    for path in (*files, f"tests/test_{op}.py"):
+    for path in (*files, f"tests/ops/test_{op}.py"):
         assert (ROOT / path).is_file(), path
     assert callable(getattr(reference, op)) and callable(getattr(mv, op)) and op in mv.__all__
     for name in (op, f"{op}_fwd", f"{op}_bwd"):
@@ -116,7 +154,7 @@ def test_the_profile_is_the_papers():
 def test_no_file_is_configured_by_the_environment():
     """But for the switch by which Triton itself is told to interpret."""
     names = re.compile(r"\b(os\.environ(?!\[\"TRITON_INTERPRET\"\])|os\.getenv|getenv\()")
-    for folder in (*PACKAGES, "csrc"):
+    for folder in ("mvsplit_ops", "triton_kernels", "model", "bench", "csrc"):
         for path in (ROOT / folder).rglob("*.*"):
             if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"):
                 assert not names.search(path.read_text()), path
@@ -124,8 +162,6 @@ def test_no_file_is_configured_by_the_environment():
 
 
 def test_public_signatures_agree_with_their_schemas():
-    import inspect
-
     for op in _backends.OPS:
         schema = getattr(torch.ops.mvsplit, op).default._schema
         parameters = inspect.signature(getattr(mv, op)).parameters.values()
