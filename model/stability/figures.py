@@ -1,20 +1,32 @@
-"""The picture of a trace: how a run entered its token mean, or did not."""
+"""Figure of a trace, which shows whether and how a run collapsed into its token mean."""
+
+from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from model.stability.guard import LOCKED, TRIP, WATCH
+import numpy as np
 
-MARKS = {WATCH: "#e6a532", TRIP: "#d9622b", LOCKED: "#a3262a"}
-INK = ("#27496d", "#5b9bc8", "#4f9153", "#7b5ea7", "#d9622b", "#8d8d8d")
-NEAR = 0.6  # of the whole trace: an event that long needs no view of its own
-MARGIN = 20  # lines on each side of the event in the close view
+from model.stability.guard import LOCKED, TRIP, WATCH, Guard
+from model.stability.signals import MetricsRow, is_number
+from model.stability.trace import Trace
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+STATE_COLOURS = {WATCH: "#e6a532", TRIP: "#d9622b", LOCKED: "#a3262a"}
+LINE_COLOURS = ("#27496d", "#5b9bc8", "#4f9153", "#7b5ea7", "#d9622b", "#8d8d8d")
+CLOSE_VIEW_SHARE = 0.6  # of the trace: an event that covers more has no view of its own
+CLOSE_VIEW_MARGIN = 20  # lines before and after the event in the close view
 
 
-def mean_mode_screaming(trace, guard, path):
-    """Loss and gradient norm, writer modes, Q and K, rho, and TCS over depth and steps, as PNG.
+def draw_trace(trace: Trace, guard: Guard, path: Path) -> None:
+    """Write a PNG of loss, gradient norms, writer modes, rho, and TCS over depth and steps.
 
-    Where the guard found anything a second column shows those steps from near.
+    After a TRIP or LOCKED, a second column shows the steps around it.
     """
     import matplotlib
 
@@ -22,11 +34,10 @@ def mean_mode_screaming(trace, guard, path):
     import matplotlib.pyplot as plt
 
     views = _views(trace, guard)
-    panels = (_loss, _writers, _queries_keys, _rho, _tcs)
-    heights = [1, 1, 1, 1, 1.4]
+    panels = (_draw_loss, _draw_writers, _draw_queries_keys, _draw_rho, _draw_tcs)
     figure, axes = plt.subplots(
         len(panels), len(views), figsize=(6.2 * len(views) + 1, 12), squeeze=False,
-        layout="constrained", sharex="col", height_ratios=heights,
+        layout="constrained", sharex="col", height_ratios=[1, 1, 1, 1, 1.4],
     )  # fmt: skip
     for column, (title, limits) in enumerate(views):
         for panel, axis in zip(panels, axes[:, column], strict=True):
@@ -34,40 +45,51 @@ def mean_mode_screaming(trace, guard, path):
             for state, (step, _) in guard.first.items():
                 if limits[0] <= step <= limits[1]:
                     axis.axvline(
-                        step, color=MARKS[state], linewidth=1.2, linestyle="--", label=state
+                        step,
+                        color=STATE_COLOURS[state],
+                        linewidth=1.2,
+                        linestyle="--",
+                        label=state,
                     )
             axis.set_xlim(*limits)
             handles, labels = axis.get_legend_handles_labels()
-            if labels and panel is not _tcs:
+            if labels and panel is not _draw_tcs:
                 unique = dict(zip(labels, handles, strict=True))
                 axis.legend(unique.values(), unique.keys(), fontsize=7, loc="best")
         axes[0, column].set_title(title, fontsize=10)
         axes[-1, column].set_xlabel("optimizer step")
-    found = ", ".join(f"{state} at step {step}" for state, (step, _) in guard.first.items())
-    path_of = Path(trace.title)
-    source = Path(path_of.parent.name) / path_of.name
-    figure.suptitle(f"{source}, {trace.depth} blocks: {found or 'nothing found'}")
+    states = ", ".join(f"{state} at step {step}" for state, (step, _) in guard.first.items())
+    source = Path(trace.title)
+    title = f"{Path(source.parent.name) / source.name}, {trace.depth} blocks"
+    figure.suptitle(f"{title}: {states or 'nothing detected'}")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _views(trace, guard):
-    """[(title, (first step, last step))]: the whole trace, and the event."""
+def _views(trace: Trace, guard: Guard) -> list[tuple[str, tuple[int, int]]]:
+    """Return (title, (first step, last step)) of the whole trace and of an event, if any."""
     steps = trace.steps
     whole = (steps[0], max(steps[-1], steps[0] + 1))
-    grave = [guard.first[s][0] for s in (TRIP, LOCKED) if s in guard.first]
-    if not grave:
-        return [("the whole trace", whole)]
+    views = [("the whole trace", whole)]
+    events = [guard.first[s].step for s in (TRIP, LOCKED) if s in guard.first]
+    if not events:
+        return views
     first, last = (
-        min(range(len(steps)), key=lambda i: abs(steps[i] - s)) for s in (min(grave), max(grave))
+        min(range(len(steps)), key=lambda i: abs(steps[i] - s)) for s in (min(events), max(events))
     )
-    near = steps[max(0, first - MARGIN)], steps[min(len(steps) - 1, last + MARGIN)]
-    if not 0 < near[1] - near[0] <= NEAR * (whole[1] - whole[0]):
-        return [("the whole trace", whole)]
-    return [("the whole trace", whole), ("the event", near)]
+    close = (
+        steps[max(0, first - CLOSE_VIEW_MARGIN)],
+        steps[min(len(steps) - 1, last + CLOSE_VIEW_MARGIN)],
+    )
+    if 0 < close[1] - close[0] <= CLOSE_VIEW_SHARE * (whole[1] - whole[0]):
+        views.append(("the event", close))
+    return views
 
 
-def _line(axis, trace, metric, layer=None, **how):
+def _draw_line(
+    axis: Axes, trace: Trace, metric: str, layer: str | None = None, **style: Any
+) -> bool:
+    """Draw a series; return whether the trace has it."""
     steps, values = trace.series(metric, layer)
     if steps:
         axis.plot(
@@ -76,85 +98,95 @@ def _line(axis, trace, metric, layer=None, **how):
             marker="." if len(steps) < 80 else None,
             markersize=3,
             linewidth=1.2,
-            **how,
+            **style,
         )
     return bool(steps)
 
 
-def _or_absent(axis, drawn, what):
+def _finish_panel(axis: Axes, drawn: bool, content: str) -> None:
+    """Draw the grid, and a note where the trace has nothing to draw."""
     if not drawn:
-        axis.text(0.5, 0.5, f"{what}: not in the trace", ha="center", va="center",
+        axis.text(0.5, 0.5, f"{content}: not in the trace", ha="center", va="center",
                   transform=axis.transAxes, color="#8d8d8d")  # fmt: skip
     axis.grid(alpha=0.3)
 
 
-def _loss(figure, axis, trace, limits):
-    drawn = _line(axis, trace, "loss", color=INK[0], label="loss")
+def _draw_loss(figure: Figure, axis: Axes, trace: Trace, limits: tuple[int, int]) -> None:
+    drawn = _draw_line(axis, trace, "loss", color=LINE_COLOURS[0], label="loss")
     axis.set_ylabel("loss")
     other = axis.twinx()
-    norm = _line(other, trace, "grad_norm", color=INK[4], alpha=0.8, label="gradient norm, raw")
+    norm = _draw_line(
+        other, trace, "grad_norm", color=LINE_COLOURS[4], alpha=0.8, label="gradient norm, raw"
+    )
     if norm:
         other.set_yscale("log")
-        other.set_ylabel("gradient norm", color=INK[4])
+        other.set_ylabel("gradient norm", color=LINE_COLOURS[4])
     else:
         other.set_yticks([])
-    _or_absent(axis, drawn or norm, "loss and gradient norm")
+    _finish_panel(axis, drawn or norm, "loss and gradient norm")
 
 
-def _writers(figure, axis, trace, limits):
+def _draw_writers(figure: Figure, axis: Axes, trace: Trace, limits: tuple[int, int]) -> None:
     drawn = [
-        _line(axis, trace, f"writer_{part}", color=ink, label=label)
-        for part, ink, label in (("G_mean", INK[4], "G_mean"), ("G_ctr", INK[0], "G_ctr"))
+        _draw_line(axis, trace, f"writer_{part}", color=colour, label=part)
+        for part, colour in (("G_mean", LINE_COLOURS[4]), ("G_ctr", LINE_COLOURS[0]))
     ]
-    _logarithmic(axis, any(drawn))
+    _set_log_scale(axis, any(drawn))
     axis.set_ylabel("|gradient of W_O, W_2|")
-    _or_absent(axis, any(drawn), "writer modes")
+    _finish_panel(axis, any(drawn), "writer modes")
 
 
-def _queries_keys(figure, axis, trace, limits):
-    labels = {"global": "all blocks", "deep": "last quarter"}
+def _draw_queries_keys(figure: Figure, axis: Axes, trace: Trace, limits: tuple[int, int]) -> None:
+    parts = (("global", "all blocks"), ("deep", "last quarter"))
+    series = [(role, part, blocks) for role in "QK" for part, blocks in parts]
     drawn = [
-        _line(axis, trace, f"{part}_{role}", color=INK[2 * (role == "K") + (part == "deep")],
-              label=f"W_{role}, {labels[part]}")
-        for role in "QK" for part in labels
-    ]  # fmt: skip
-    _logarithmic(axis, any(drawn))
+        _draw_line(axis, trace, f"{part}_{role}", color=colour, label=f"W_{role}, {blocks}")
+        for (role, part, blocks), colour in zip(series, LINE_COLOURS, strict=False)
+    ]
+    _set_log_scale(axis, any(drawn))
     axis.set_ylabel("|gradient of W_Q, W_K|")
-    _or_absent(axis, any(drawn), "Q and K gradients")
+    _finish_panel(axis, any(drawn), "Q and K gradients")
 
 
-def _rho(figure, axis, trace, limits):
+def _draw_rho(figure: Figure, axis: Axes, trace: Trace, limits: tuple[int, int]) -> None:
     layers = trace.layers("rho")
     shown = (
         layers if len(layers) <= 4 else [layers[round(i * (len(layers) - 1) / 3)] for i in range(4)]
     )
     drawn = [
-        _line(axis, trace, "rho", k, color=c, label=f"block {k}")
-        for k, c in zip(shown, INK, strict=False)
+        _draw_line(axis, trace, "rho", k, color=c, label=f"block {k}")
+        for k, c in zip(shown, LINE_COLOURS, strict=False)
     ]
-    drawn.append(_line(axis, trace, "rho", color=INK[0], label="rho"))
-    _logarithmic(axis, any(drawn))
+    drawn.append(_draw_line(axis, trace, "rho", color=LINE_COLOURS[0], label="rho"))
+    _set_log_scale(axis, any(drawn))
     axis.set_ylabel("rho = |JX| / |PX|")
-    _or_absent(axis, any(drawn), "rho")
+    _finish_panel(axis, any(drawn), "rho")
 
 
-def _logarithmic(axis, drawn):
-    if drawn and any((line.get_ydata() > 0).any() for line in axis.lines):
+def _set_log_scale(axis: Axes, drawn: bool) -> None:
+    if drawn and any((np.asarray(line.get_ydata()) > 0).any() for line in axis.lines):
         axis.set_yscale("log")
 
 
-def _tcs(figure, axis, trace, limits):
-    """A heat map: a row for each layer that was tapped, a column for each step."""
+def _draw_tcs(figure: Figure, axis: Axes, trace: Trace, limits: tuple[int, int]) -> None:
+    """Draw a heat map with one row per measured layer and one column per step."""
     layers = trace.layers("tcs")
     if not layers:
-        drawn = _line(axis, trace, "tcs", color=INK[0], label="TCS")
+        drawn = _draw_line(axis, trace, "tcs", color=LINE_COLOURS[0], label="TCS")
         axis.set_ylabel("TCS")
-        return _or_absent(axis, drawn, "TCS")
+        _finish_panel(axis, drawn, "TCS")
+        return
     rows = [row for row in trace.rows if limits[0] <= row["step"] <= limits[1]]
-    table = [[_value(row, layer) for row in rows] for layer in layers]
+    table = [[_tcs_of(row, layer) for row in rows] for layer in layers]
     steps = [row["step"] for row in rows]
     mesh = axis.pcolormesh(
-        _edges(steps), range(len(layers) + 1), table, cmap="magma", vmin=0, vmax=1, rasterized=True
+        _cell_edges(steps),
+        range(len(layers) + 1),
+        table,
+        cmap="magma",
+        vmin=0,
+        vmax=1,
+        rasterized=True,
     )
     shown = range(0, len(layers), max(1, len(layers) // 9))
     axis.set_yticks([i + 0.5 for i in shown], [layers[i] for i in shown])
@@ -162,13 +194,13 @@ def _tcs(figure, axis, trace, limits):
     figure.colorbar(mesh, ax=axis, label="TCS", pad=0.01)
 
 
-def _value(row, layer):
+def _tcs_of(row: MetricsRow, layer: str) -> float:
     value = row["layerwise"].get("tcs", {}).get(layer)
-    return math.nan if value is None else value
+    return value if is_number(value) else math.nan
 
 
-def _edges(steps):
-    """The borders of cells around steps."""
+def _cell_edges(steps: Sequence[int]) -> list[float]:
+    """Return the borders of heat map cells centred at steps."""
     if len(steps) < 2:
         return [steps[0] - 0.5, steps[0] + 0.5]
     middle = [(a + b) / 2 for a, b in zip(steps, steps[1:], strict=False)]

@@ -1,207 +1,247 @@
-"""What is done with what the guard finds: evidence kept, updates skipped, a locked run stopped.
+"""Response to the guard's states: save evidence, skip updates, stop a collapsed run.
 
-    off    no guard                   stop   LOCKED ends the run
-    warn   it says what it sees       skip   LOCKED ends the run, TRIP skips the update
+    off    no guard                     stop   LOCKED ends the run
+    warn   report states, do not act    skip   LOCKED ends the run, TRIP skips the update
 
-A TRIP leaves RUN/trip-STEP, LOCKED RUN/collapse-STEP: trace.json, verdict.json which names the last
-good checkpoint, and of a collapse trace.png. Newer checkpoints do not push out the last good one.
+A TRIP writes RUN/trip-STEP and LOCKED writes RUN/collapse-STEP. Both contain trace.json and
+verdict.json, which names the last good checkpoint; the latter also contains trace.png. The last
+good checkpoint is kept even when newer checkpoints exceed the configured number.
 """
 
-import json
+from collections.abc import Callable, MutableSequence
 from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
-from model.config import GUARDS, UsageError
-from model.stability.figures import mean_mode_screaming
+from model.config import GUARDS, Config, UsageError
+from model.stability.figures import draw_trace
 from model.stability.guard import LOCKED, QUIET, TRIP, Guard
-from model.stability.replay import findings
-from model.stability.trace import as_json, load, read_rows
+from model.stability.replay import collect_findings
+from model.stability.signals import MetricsRow
+from model.stability.trace import as_json, load_trace, read_rows
 
-SKIPS = 10  # updates skipped one after another before skipping is given up
+Action: TypeAlias = Literal["go", "skip", "stop"]
+GuardFunction: TypeAlias = Callable[[MetricsRow], Action]
+History: TypeAlias = MutableSequence[MetricsRow]
+
+MOST_SKIPS = 10  # consecutive updates to skip before the run is stopped
 
 
 class Collapsed(RuntimeError):
     """The guard stopped a run; `folder` has the evidence."""
 
-    def __init__(self, message, folder):
+    def __init__(self, message: str, folder: Path) -> None:
         super().__init__(message)
         self.folder = folder
 
 
-def supervise(guard, config, run, history):
-    """The supervisor of a run: of the guard's mode, or of a function in its place.
+def supervise(
+    guard: str | GuardFunction | None, config: Config, run: Path, history: History
+) -> "Unguarded":
+    """Return the supervisor of a run, for a mode of the guard or for a function that replaces it.
 
     history   the lines of the last steps, newest last (taps.Recorder.history)
     """
     if callable(guard):
-        return _Function(guard)
+        return FunctionGuard(guard)
     if guard in (None, "off"):
         return Unguarded()
     if not config.probes:
-        raise UsageError(f"guard={guard} needs what probes measure; pass probes=true, or guard=off")
-    return Supervisor(Guard(config.depth), guard, run, history)
+        raise UsageError(
+            f"guard={guard} needs the measurements of the probes; pass probes=true or guard=off"
+        )
+    return Supervisor(Guard(config.depth), str(guard), run, history)
 
 
 class Unguarded:
-    """Lets every step pass.
+    """Supervisor that never intervenes, and the interface of the others.
 
-    reads      is it called with metrics
-    alert      is every step of interest
-    may_save   is the state worth a checkpoint
+    needs_metrics   whether each step's metrics must be passed in; otherwise None may be
+    alert           whether every step must be written to metrics.jsonl
+    may_save        whether the current state may become a checkpoint
     """
 
-    reads, alert, may_save = False, False, True
-
-    def __call__(self, row):
-        return "go"
-
-    def not_finite(self, row):
-        return "stop"
-
-    def end(self):
-        """Called after stop."""
-
-    def restore(self, checkpoint, step, saved, branch):
-        """Resume from a checkpoint folder, of this run or, for a branch, of another.
-
-        saved   what `saving` returned for that checkpoint; None: it was saved without a guard
-        """
-
-    def saving(self, step, name):
-        """Return the JSON state that the checkpoint `name` stores for `restore`; None: nothing."""
-        return None
+    needs_metrics = False
 
     @property
-    def good(self):
-        """The last checkpoint that was saved while nothing was found; None where none was."""
+    def alert(self) -> bool:
+        return False
+
+    @property
+    def may_save(self) -> bool:
+        return True
+
+    @property
+    def last_good_checkpoint(self) -> Path | None:
+        """The last checkpoint saved while nothing was detected, if it still exists."""
+        return None
+
+    def __call__(self, row: MetricsRow | None) -> Action:
+        """Judge a step before its update; may add fields to the line of metrics."""
+        return "go"
+
+    def on_non_finite(self, row: MetricsRow | None) -> Action:
+        """Judge a step whose loss or gradient norm is NaN or infinity."""
+        return "stop"
+
+    def end(self) -> None:
+        """Raise the reason for "stop", if there is one."""
+
+    def restore(
+        self, checkpoint: Path, step: int, saved: dict[str, Any] | None, branch: bool
+    ) -> None:
+        """Resume from a checkpoint folder of this run or, for a branch, of another run.
+
+        saved   the value of `on_save` for that checkpoint; None: it was saved without a guard
+        """
+
+    def on_save(self, step: int, name: str) -> dict[str, Any] | None:
+        """Return the JSON state to store in the checkpoint `name` for `restore`, or None."""
         return None
 
 
-class _Function(Unguarded):
-    reads = True
+class FunctionGuard(Unguarded):
+    """Supervisor that calls a function with each line of metrics."""
 
-    def __init__(self, function):
+    needs_metrics = True
+
+    def __init__(self, function: GuardFunction) -> None:
         self._function = function
 
-    def __call__(self, row):
+    def __call__(self, row: MetricsRow | None) -> Action:
+        assert row is not None
         return self._function(row)
 
 
 class Supervisor(Unguarded):
-    """Acts on what the guard finds. While a TRIP is near it is on the alert: every step is written
-    then, and but for `warn` no checkpoint is before the end, so that the newest is a good one.
+    """Supervisor that acts on the guard's states.
+
+    It is on alert until the guard is quiet and the last TRIP is CALM steps ago. Every step is
+    written then. Except in mode `warn`, no checkpoint is saved before the end, so the newest
+    checkpoint is a good one.
     """
 
-    reads = True
+    needs_metrics = True
 
-    def __init__(self, guard, mode, run, history):
+    def __init__(self, guard: Guard, mode: str, run: str | Path, history: History) -> None:
         if mode not in GUARDS:
             raise UsageError(f"guard must be one of {', '.join(GUARDS)}, got {mode!r}")
         self.guard, self.mode = guard, mode
         self._run, self._history = Path(run), history
-        self._skipped, self._end, self._step, self._good = 0, None, 0, None
+        self._skipped, self._step = 0, 0
+        self._collapsed: Collapsed | None = None
+        self._good_name: str | None = None
 
-    def __call__(self, row):
+    def __call__(self, row: MetricsRow | None) -> Action:
+        assert row is not None
         self._step = row["step"]
-        calm = self.guard.calm(self._step)
+        was_calm = self.guard.is_calm(self._step)
         state = row["guard"] = self.guard.observe(row)
         if state != QUIET:
             row["signals"] = self.guard.signals
-        if state == TRIP and calm:
-            self._keep(f"trip-{self._step}")
+        if state == TRIP and was_calm:
+            self._write_evidence(f"trip-{self._step}")
         if state == LOCKED:
-            return self._locked(row)
+            return self._on_locked(row)
         if state == TRIP and self.mode == "skip":
             return self._skip(row)
         self._skipped = 0
         return "go"
 
     @property
-    def alert(self):
-        return self.guard.state != QUIET or not self.guard.calm(self._step)
+    def alert(self) -> bool:
+        return self.guard.state != QUIET or not self.guard.is_calm(self._step)
 
     @property
-    def may_save(self):
+    def may_save(self) -> bool:
         return self.mode == "warn" or not self.alert
 
-    def not_finite(self, row):
-        """skip in that mode, while it may help."""
-        return self._skip(row) if self.mode == "skip" and self._skipped < SKIPS else "stop"
+    @property
+    def last_good_checkpoint(self) -> Path | None:
+        path = self._run / "checkpoints" / self._good_name if self._good_name else None
+        return path if path and path.is_dir() else None
 
-    def end(self):
-        raise self._end
+    def on_non_finite(self, row: MetricsRow | None) -> Action:
+        """Return "skip" in mode skip, up to MOST_SKIPS times in a row, and "stop" otherwise."""
+        if self.mode != "skip" or self._skipped >= MOST_SKIPS:
+            return "stop"
+        assert row is not None
+        return self._skip(row)
 
-    def restore(self, checkpoint, step, saved, branch):
-        """Load the saved state, or observe the run's metrics again where there is none."""
-        lines = checkpoint.parent.parent / "metrics.jsonl"
-        rows = [r for r in read_rows(lines) if r["step"] <= step] if lines.is_file() else []
+    def end(self) -> None:
+        if self._collapsed:
+            raise self._collapsed
+
+    def restore(
+        self, checkpoint: Path, step: int, saved: dict[str, Any] | None, branch: bool
+    ) -> None:
+        """Load the saved state, or observe the run's metrics again if there is none."""
+        metrics = checkpoint.parent.parent / "metrics.jsonl"
+        rows = [r for r in read_rows(metrics) if r["step"] <= step] if metrics.is_file() else []
         self._step = step
         if saved:
             self.guard.load(saved["guard"])
-            self._skipped, self._good = saved["skipped"], saved["good"]
+            self._skipped, self._good_name = saved["skipped"], saved["good"]
         else:
             for row in rows:
                 self.guard.observe(row)
-            self._good = None if self.alert else checkpoint.name
+            self._good_name = None if self.alert else checkpoint.name
         if branch:
-            self.guard.begin_anew()
-            self._good = None
+            self.guard.reset_detections()
+            self._good_name = None
         else:
             self._history.extend(rows)
 
-    def saving(self, step, name):
+    def on_save(self, step: int, name: str) -> dict[str, Any]:
         self._step = step
         if not self.alert:
-            self._good = name
-        return {"guard": self.guard.dump(), "skipped": self._skipped, "good": self._good}
+            self._good_name = name
+        return {"guard": self.guard.dump(), "skipped": self._skipped, "good": self._good_name}
 
-    @property
-    def good(self):
-        path = self._run / "checkpoints" / self._good if self._good else None
-        return path if path and path.is_dir() else None
-
-    def _skip(self, row):
+    def _skip(self, row: MetricsRow) -> Action:
         self._skipped += 1
-        if self._skipped > SKIPS:
-            return self._stop(row, f"TRIP, and {SKIPS} updates skipped in a row changed nothing")
+        if self._skipped > MOST_SKIPS:
+            return self._stop(row, f"TRIP persists after {MOST_SKIPS} consecutive skipped updates")
         row["skipped"] = True
         return "skip"
 
-    def _locked(self, row):
+    def _on_locked(self, row: MetricsRow) -> Action:
         if self.mode == "warn":
             if self.guard.counts[LOCKED] == 1:
-                self._keep(f"collapse-{row['step']}", picture=True)
+                self._write_evidence(f"collapse-{row['step']}", picture=True)
             return "go"
         return self._stop(row, f"LOCKED ({'; '.join(self.guard.signals)})")
 
-    def _stop(self, row, why):
-        folder = self._keep(f"collapse-{row['step']}", picture=True)
+    def _stop(self, row: MetricsRow, reason: str) -> Action:
+        folder = self._write_evidence(f"collapse-{row['step']}", picture=True)
+        checkpoint = self.last_good_checkpoint
         remedy = (
-            "go on from the last good checkpoint with a lower lr, --resume "
-            f"{self.good} --out NEW --set lr=..."
-            if self.good
-            else "no checkpoint was saved before (--set save_every=N)"
+            "resume from the last good checkpoint with a lower lr, --resume "
+            f"{checkpoint} --out NEW --set lr=..."
+            if checkpoint
+            else "no good checkpoint exists (--set save_every=N saves more often)"
         )
-        self._end = Collapsed(
-            f"step {row['step']}: {why}. {folder} has the trace; {remedy}, or begin again with "
-            "residual=mvsplit or layerscale",
+        self._collapsed = Collapsed(
+            f"step {row['step']}: {reason}. {folder} has the trace; {remedy}, or start again with "
+            "residual=mvsplit or residual=layerscale",
             folder,
         )
         return "stop"
 
-    def _keep(self, name, picture=False):
-        """Write a folder with the trace, the guard's findings and the last good checkpoint."""
+    def _write_evidence(self, name: str, picture: bool = False) -> Path:
+        """Write a folder with the trace, the findings and the name of the last good checkpoint."""
         folder = _unused(self._run / name)
         folder.mkdir(parents=True)
         (folder / "trace.json").write_text(as_json(self._history, self.guard.depth))
-        kept, good = load(folder / "trace.json"), self.good
-        found = findings(kept, self.guard)
-        found["last_good_checkpoint"] = str(good.relative_to(self._run)) if good else None
-        (folder / "verdict.json").write_text(json.dumps(found, indent=1) + "\n")
+        trace, checkpoint = load_trace(folder / "trace.json"), self.last_good_checkpoint
+        findings = collect_findings(trace, self.guard)
+        name_in_run = str(checkpoint.relative_to(self._run)) if checkpoint else None
+        (folder / "verdict.json").write_text(findings.to_json(last_good_checkpoint=name_in_run))
         if picture:
-            mean_mode_screaming(kept, self.guard, folder / "trace.png")
+            draw_trace(trace, self.guard, folder / "trace.png")
         return folder
 
 
-def _unused(folder):
+def _unused(folder: Path) -> Path:
+    """Return the folder, or with a suffix -2, -3, ... where it exists."""
     names = (folder.name if i == 1 else f"{folder.name}-{i}" for i in range(1, 1000))
     return next(folder.with_name(n) for n in names if not folder.with_name(n).exists())

@@ -1,4 +1,4 @@
-"""Every metric against its definition in float64: loops, pairs of tokens, and J as a matrix."""
+"""Every metric against its definition in float64, with loops, pairs of tokens and J as a matrix."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from model.config import preset
 from model.nn.dit import build
 from model.stability import metrics, taps
 from model.train.optim import make_optimizer
+from model.train.step import gradient_norms
 
 SMALL = dict(depth=6, dim=32, heads=2, ffn=48, text_dim=32, threads=0)
 SEGMENTS = (16, 4)
@@ -23,14 +24,14 @@ def token_mean_matrix(segments):
 
 
 def mean_cosine(sample):
-    """Over pairs of different tokens of (T, D)."""
+    """Return the mean over pairs of different tokens of (T, D)."""
     T = len(sample)
     pairs = [(i, j) for i in range(T) for j in range(T) if i != j]
     return sum(torch.cosine_similarity(sample[i], sample[j], 0) for i, j in pairs) / len(pairs)
 
 
-def decomposed(h, d, segments):
-    """G_mean and G_ctr as sums over samples and tokens of outer products."""
+def writer_gradient_by_definition(h, d, segments):
+    """Return G_mean and G_ctr as sums of outer products over samples and tokens."""
     G_mean = torch.zeros(d.shape[2], h.shape[2], dtype=d.dtype)
     G_ctr = torch.zeros_like(G_mean)
     for hb, db in zip(h, d, strict=True):
@@ -43,34 +44,39 @@ def decomposed(h, d, segments):
 
 
 @pytest.mark.parametrize("segments", [(7,), (3, 4), (1, 6), (6, 1), (2, 2, 3), (1,) * 7])
-def test_the_two_parts_of_a_writers_gradient_are_autograds_gradient(segments):
+def test_the_parts_of_a_writers_gradient_sum_to_autograds_gradient(segments):
     h, d = torch.randn(2, 5, 7, 12, dtype=torch.float64) + 0.3
     writer = torch.nn.Linear(12, 12, bias=False).double()
     writer(h).backward(d)
     G_mean, G_ctr = metrics.writer_gradient(h, d, segments)
     scale = writer.weight.grad.norm()
     assert (G_mean + G_ctr - writer.weight.grad).norm() <= 1e-12 * scale
-    for part, definition in zip((G_mean, G_ctr), decomposed(h, d, segments), strict=True):
+    for part, definition in zip(
+        (G_mean, G_ctr), writer_gradient_by_definition(h, d, segments), strict=True
+    ):
         assert (part - definition).norm() <= 1e-12 * scale
 
 
 class Spy:
-    """In the place of a probe: keeps what comes by."""
+    """Stand-in for a probe that stores the tensors it is called with."""
 
     def __init__(self):
-        self.seen, self.written = {}, {}
+        self.inputs, self.outputs = {}, {}
 
     def attention(self, q, k, x, segments):
-        self.seen["map"] = [t.detach() for t in (q, k, x)]
+        self.inputs["map"] = [t.detach() for t in (q, k, x)]
         return q
 
     def writer(self, f, name, h, x, segments):
         f.retain_grad()
-        self.seen[name], self.written[name] = [t.detach() for t in (h.view(*x.shape[:2], -1), x)], f
+        self.inputs[name], self.outputs[name] = (
+            [t.detach() for t in (h.view(*x.shape[:2], -1), x)],
+            f,
+        )
         return f
 
     def trunk(self, y, segments):
-        self.seen["trunk"] = y.detach()
+        self.inputs["trunk"] = y.detach()
         return y
 
 
@@ -88,18 +94,18 @@ def trunk_by_definition(y, segments):
 def attention_by_definition(q, k, x, segments):
     J = token_mean_matrix(segments)
     P = torch.eye(len(J), dtype=x.dtype) - J
-    kept = leaked = centred = norms = diversity = n = 0
+    retained = leaked = centred = norms = diversity = n = 0
     for qb, kb, xb in zip(q, k, x, strict=True):
         for head in range(q.shape[2]):
             A = torch.softmax(qb[:, head] @ kb[:, head].T / q.shape[3] ** 0.5, 1)
             norms += torch.linalg.svdvals(P @ A @ P)[0]
-            kept += torch.linalg.norm(P @ A @ P @ xb) ** 2
+            retained += torch.linalg.norm(P @ A @ P @ xb) ** 2
             leaked += torch.linalg.norm(J @ A @ P @ xb) ** 2
             centred += torch.linalg.norm(P @ xb) ** 2
             diversity += torch.linalg.norm(P @ A) / torch.linalg.norm(A)
             n += 1
     return {
-        "contraction": norms / n, "retention": kept / centred,
+        "contraction": norms / n, "retention": retained / centred,
         "leakage": (leaked / centred) ** 0.5, "row_diversity": diversity / n,
     }  # fmt: skip
 
@@ -130,9 +136,9 @@ def merge_by_definition(merge, x, f, segments):
     else:
         update = f if merge.scale is None else merge.scale * f
     row = {}
-    for end, of in (("", f), ("_gated", update)):
-        row[f"tr_ratio{end}"] = of.norm() / x.norm()
-        row[f"var_gain{end}"] = (P @ of).norm() / (P @ x).norm()
+    for end, branch in (("", f), ("_gated", update)):
+        row[f"tr_ratio{end}"] = branch.norm() / x.norm()
+        row[f"var_gain{end}"] = (P @ branch).norm() / (P @ x).norm()
     gains = {n: p for n, p in merge.named_parameters() if p.requires_grad}
     for name, p in gains.items():
         row |= {f"{name}_mean": p.mean(), f"{name}_min": p.min(), f"{name}_max": p.max()}
@@ -140,12 +146,12 @@ def merge_by_definition(merge, x, f, segments):
 
 
 def definitions(block, spy, segments=SEGMENTS):
-    """{metric: value} of a block that a spy has seen, gradients in place."""
-    row = trunk_by_definition(spy.seen["trunk"], segments)
-    row |= attention_by_definition(*spy.seen["map"], segments)
+    """Return {metric: value} of a block whose tensors a spy stored, after backward."""
+    row = trunk_by_definition(spy.inputs["trunk"], segments)
+    row |= attention_by_definition(*spy.inputs["map"], segments)
     for name in metrics.WRITERS:
-        (h, x), f = spy.seen[name], spy.written[name]
-        G_mean, G_ctr = decomposed(h, f.grad, segments)
+        (h, x), f = spy.inputs[name], spy.outputs[name]
+        G_mean, G_ctr = writer_gradient_by_definition(h, f.grad, segments)
         whole = block.writers[name].weight.grad
         assert torch.allclose(G_mean + G_ctr, whole, rtol=1e-9, atol=1e-12)
         parts = {"G_mean": G_mean.norm(), "G_ctr": G_ctr.norm()}
@@ -157,8 +163,8 @@ def definitions(block, spy, segments=SEGMENTS):
     return row
 
 
-def stirred(model):
-    """Gains apart from where they start, so that a sign or a channel that is lost shows."""
+def with_random_gains(model):
+    """Perturb the gains, so that a lost sign or channel changes the metrics."""
     torch.manual_seed(1)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -169,11 +175,11 @@ def stirred(model):
 
 @pytest.mark.parametrize("residual", ["post", "layerscale", "rezero", "mvsplit", "attention_only"])
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
-def test_every_metric_is_its_definition(residual, checkpointing):
+def test_every_metric_equals_its_definition(residual, checkpointing):
     z, text = torch.randn(2, 3, 8, 8).double(), torch.randn(2, 4, 32).double()
     changes = dict(residual=residual, init_alpha=0.2)
-    spied = stirred(exact_model(**changes))
-    model = stirred(exact_model(checkpointing=checkpointing, **changes))
+    spied = with_random_gains(exact_model(**changes))
+    model = with_random_gains(exact_model(checkpointing=checkpointing, **changes))
     spies = {}
     for layer in taps.tapped_layers(6)[1:3]:
         spies[layer] = spied.blocks[layer].probe = Spy()
@@ -188,7 +194,7 @@ def test_every_metric_is_its_definition(residual, checkpointing):
             assert torch.allclose(got[metric], value.detach(), rtol=1e-6, atol=1e-12), metric
 
 
-def test_micro_batches_add_up_and_taking_starts_anew():
+def test_micro_batches_are_summed_and_take_resets():
     z, text = torch.randn(4, 3, 8, 8).double(), torch.randn(4, 4, 32).double()
     whole, parts = exact_model(), exact_model()
     probes, probes_too = taps.attach(whole), taps.attach(parts)
@@ -204,17 +210,17 @@ def test_micro_batches_add_up_and_taking_starts_anew():
                 assert torch.allclose(value, other[metric], equal_nan=True), (layer, metric)
 
 
-def test_a_spectral_norm_is_the_largest_singular_value():
+def test_spectral_norm_is_the_largest_singular_value():
     t = torch.randn(9, 20, 20, dtype=torch.float64) * torch.logspace(-6, 6, 9)[:, None, None]
     exact = torch.linalg.svdvals(t)[:, 0]
     assert torch.allclose(metrics.spectral_norm(t), exact, rtol=1e-6)
     assert torch.allclose(metrics.spectral_norm(t.float()), exact.float(), rtol=1e-4)
     assert metrics.spectral_norm(torch.zeros(2, 5, 5)).tolist() == [0, 0]
-    alike = metrics.spectral_norm(torch.eye(68)[None])  # the worst there is
-    assert 1 <= alike.item() <= 68 ** (1 / 2 ** (metrics.SQUARINGS + 1)) + 1e-5
+    equal = metrics.spectral_norm(torch.eye(68)[None])  # the worst case
+    assert 1 <= equal.item() <= 68 ** (1 / 2 ** (metrics.SQUARINGS + 1)) + 1e-5
 
 
-def test_amplification_does_not_depend_on_the_size_of_a_gradient():
+def test_amplification_does_not_depend_on_the_scale_of_the_gradient():
     h, d = torch.randn(2, 3, 8, 16)
     want = metrics.writer_sums(h, d, (6, 2))
     for size in (1e-18, 1e18):
@@ -222,7 +228,7 @@ def test_amplification_does_not_depend_on_the_size_of_a_gradient():
             assert torch.allclose(value, want[name], rtol=1e-4), (name, size)
 
 
-def test_maps_are_worked_on_a_few_samples_at_a_time(monkeypatch):
+def test_maps_are_processed_in_parts(monkeypatch):
     z, text = torch.randn(5, 3, 8, 8).double(), torch.randn(5, 4, 32).double()
     rows = []
     for elements in (1 << 24, 2 * 2 * 20 * 20):
@@ -241,8 +247,8 @@ def test_a_segment_of_one_token_has_no_pairs():
     assert metrics.writer_sums(h, d, (4, 1)).keys() == {"A", "kappa", "kappa_signed"}
 
 
-def test_a_token_without_a_gradient_is_alike_to_none():
-    """The text of the last block, whose gradient is zero, and an image with one such token."""
+def test_a_token_with_a_zero_gradient_has_cosine_zero():
+    """The gradient is zero for the text of the last block and for one token of the image."""
     h, d = torch.randn(2, 2, 8, 16, dtype=torch.float64)
     d[:, 0] = 0
     d[:, 6:] = 0
@@ -251,8 +257,8 @@ def test_a_token_without_a_gradient_is_alike_to_none():
     assert sums["kappa_text"] == 0 and sums["A_text"].isnan()
 
 
-def test_one_token_mean_for_all_is_a_locked_trunk():
-    """Where all tokens are one, TCS is 1, rho unbounded and nothing centred is left."""
+def test_equal_tokens_have_the_metrics_of_a_collapsed_trunk():
+    """If all tokens are equal, TCS is 1, rho is unbounded and the centred parts are 0."""
     model = exact_model(depth=1)
     (probe,) = taps.attach(model).values()
     block = model.blocks[0]
@@ -268,19 +274,17 @@ def test_one_token_mean_for_all_is_a_locked_trunk():
         assert got[f"G_ctr_{name}"] < 1e-12 * got[f"G_mean_{name}"]
 
 
-def test_totals_of_roles_are_those_of_their_parameters():
+def test_totals_by_role_are_norms_over_their_parameters():
     model = exact_model(depth=9, residual="layerscale")
     optimizer = make_optimizer(model, model.config)
     model(torch.randn(2, 3, 8, 8).double(), torch.randn(2, 4, 32).double()).sum().backward()
-    from model.train.step import gradient_norms
-
     recorder = taps.Recorder(model, optimizer)
     recorder.record(1, torch.tensor(0.5).double(), gradient_norms(optimizer), torch.ones(2, 4))
     (row,) = recorder.rows()
     names = dict(Q="operator.q_proj", K="operator.k_proj", WO="operator.proj", W2="ffn.w2")
     for role, name in names.items():
         grads = [model.get_parameter(f"blocks.{i}.{name}.weight").grad for i in range(9)]
-        for part, of in (("global", grads), ("deep", grads[6:])):  # 6 is 0.75 x 8
-            assert row[f"{part}_{role}"] == pytest.approx(torch.stack(of).norm().item())
+        for part, subset in (("global", grads), ("deep", grads[6:])):  # 6 is 0.75 x 8
+            assert row[f"{part}_{role}"] == pytest.approx(torch.stack(subset).norm().item())
     every = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert row["grad_norm"] == pytest.approx(every.norm().item())

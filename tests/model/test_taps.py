@@ -1,4 +1,4 @@
-"""Taps change nothing of a training, see each sample once, and cost one copy for a log interval."""
+"""Taps: a training is bit-identical with them, and they measure each sample once."""
 
 import pytest
 import torch
@@ -16,8 +16,8 @@ SMALL = dict(
 )  # fmt: skip
 
 
-def steps(probes, n=4, **changes):
-    """Parameters after n steps, and the rows of a recorder."""
+def train_steps(probes, n=4, **changes):
+    """Return the parameters after n steps and the rows of the recorder."""
     config = preset("tiny", **{**SMALL, **changes})
     model, dataset = build(config), open_dataset(config)
     optimizer = make_optimizer(model, config)
@@ -48,9 +48,9 @@ def steps(probes, n=4, **changes):
     ],
     ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()) or "plain",
 )
-def test_training_is_bit_identical_with_taps_and_without(changes):
+def test_training_is_bit_identical_with_and_without_taps(changes):
     (with_taps, rows), (without, plain) = (
-        steps(probes, n=6, **changes) for probes in (True, False)
+        train_steps(probes, n=6, **changes) for probes in (True, False)
     )
     assert all(torch.equal(p, without[name]) for name, p in with_taps.items())
     assert [r["loss"] for r in rows] == [r["loss"] for r in plain]
@@ -58,43 +58,43 @@ def test_training_is_bit_identical_with_taps_and_without(changes):
 
 
 @pytest.mark.parametrize("changes", [{"checkpointing": "full"}, {"checkpointing": "3/4"}])
-def test_recomputed_blocks_are_measured_once_and_the_same(changes):
-    rows, again = steps(True)[1], steps(True, **changes)[1]
+def test_recomputed_blocks_are_measured_once(changes):
+    rows, again = train_steps(True)[1], train_steps(True, **changes)[1]
     for row, other in zip(rows, again, strict=True):
-        assert same(row, other)
+        assert same_layerwise(row, other)
         for name in ("loss", "grad_norm", "writer_G_ctr", "global_Q", "deep_W2"):
             assert row[name] == pytest.approx(other[name], rel=1e-4), name
 
 
-def same(row, other):
-    """Are the metrics of the layers the same?"""
+def same_layerwise(row, other):
+    """Check that the metrics of the layers are equal up to rounding."""
     assert row["layerwise"].keys() == other["layerwise"].keys()
     for metric, table in row["layerwise"].items():
         assert table == pytest.approx(other["layerwise"][metric], rel=1e-4, nan_ok=True), metric
     return True
 
 
-def test_compiled_blocks_are_measured_too_and_train_the_same():
-    torch._dynamo.reset()  # what another test has compiled would do here too
+def test_compiled_blocks_are_measured_and_train_the_same():
+    torch._dynamo.reset()  # otherwise graphs that another test compiled are reused
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    (compiled, rows), (eager, same_rows) = steps(True, compile=True), steps(True)
+    (compiled, rows), (eager, same_rows) = train_steps(True, compile=True), train_steps(True)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
     for row, other in zip(rows, same_rows, strict=True):
-        assert same(row, other)
-    without, _ = steps(False, compile=True)
+        assert same_layerwise(row, other)
+    without, _ = train_steps(False, compile=True)
     for name, p in compiled.items():
         assert torch.allclose(p, eager[name], atol=1e-4), name
         assert torch.equal(p, without[name]), name
 
 
-def test_the_global_generator_is_left_alone():
+def test_the_global_generator_is_not_used():
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    steps(True)
+    train_steps(True)
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_rows_wait_on_the_device_for_one_copy(monkeypatch):
+def test_rows_are_copied_together(monkeypatch):
     model = build(preset("tiny", **SMALL))
     recorder = taps.Recorder(model, make_optimizer(model, model.config), log_every=10)
     for p in model.parameters():
@@ -111,12 +111,12 @@ def test_rows_wait_on_the_device_for_one_copy(monkeypatch):
     assert [r["loss"] for r in rows] == list(range(1, 11)) and recorder.rows() == []
     for step in range(1000):
         recorder.record(step, torch.tensor(0.0), norms, torch.ones(2, 4))
-    assert [r["step"] for r in recorder.rows()] == list(range(1000 - recorder.KEPT, 1000))
-    assert len(recorder.history) == recorder.KEPT
+    assert [r["step"] for r in recorder.rows()] == list(range(1000 - recorder.MOST_ROWS, 1000))
+    assert len(recorder.history) == recorder.MOST_ROWS
 
 
 @pytest.mark.parametrize(("log_every", "every"), [(1, 5), (3, 6), (7, 7), (10, 10)])
-def test_attention_maps_are_measured_in_lines_that_are_written(log_every, every):
+def test_attention_maps_are_measured_in_written_lines(log_every, every):
     model = build(preset("tiny", **SMALL))
     recorder = taps.Recorder(model, make_optimizer(model, model.config), log_every=log_every)
     probe = model.blocks[4].probe
