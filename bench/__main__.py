@@ -1,81 +1,82 @@
-"""Measure the operators and whole optimizer steps, on the machine in front of you."""
+"""Measure the operators and whole optimizer steps on this machine."""
 
 import argparse
-import importlib
 import sys
+from collections.abc import Sequence
+from typing import NoReturn, Protocol
 
+from bench.common import machine
 from bench.common.accuracy import Inaccurate
+from bench.measure import profile, run_all, sweep, train_step
+from bench.report import write
+from bench.static import kernel_resources, predict, traffic
 
-# A command is a module: its docstring describes it, options(parser) adds its options and
-# command(args) runs it.
-MODULES = {
-    "profile": "bench.measure.profile",
-    "ops": "bench.measure.sweep",
-    "step": "bench.measure.train_step",
-    "machine": "bench.common.machine",
-    "traffic": "bench.static.traffic",
-    "resources": "bench.static.kernel_resources",
-    "predict": "bench.static.predict",
-    "report": "bench.report.write",
-    "device": "bench.measure.run_all",
+
+class Command(Protocol):
+    """A module: its docstring describes the command."""
+
+    __doc__: str | None
+
+    def add_options(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def run_command(self, args: argparse.Namespace) -> int | None: ...
+
+
+# name: (module, summary)
+COMMANDS: dict[str, tuple[Command, str]] = {
+    "profile": (profile, "the paper's operator profile on this machine"),
+    "ops": (sweep, "a sweep of every operator over shapes, compared with every peer"),
+    "step": (train_step, "whole optimizer steps: breakdown, backends and policies compared"),
+    "machine": (machine, "peak rates of this machine: copy bandwidth, matrix products"),
+    "traffic": (traffic, "bytes that each operator moves, counted; no GPU needed"),
+    "resources": (
+        kernel_resources,
+        "registers, spills, shared memory, occupancy of compiled kernels; no GPU needed",
+    ),
+    "predict": (predict, "estimated time of a step, compared with measurements; no GPU needed"),
+    "report": (write, "tables and plots of the records, as Markdown and HTML; README figures"),
+    "device": (run_all, "everything that a new GPU machine should record, within minutes"),
 }
-COMMANDS = {
-    "profile": "the paper's operator profile on this machine",
-    "ops": "every operator over a sweep of shapes, beside every peer",
-    "step": "whole optimizer steps: where their time goes, backends and policies side by side",
-    "machine": "what this machine can do at best: copy bandwidth, rate of matrix products",
-    "traffic": "bytes that each operator moves, counted; no GPU needed",
-    "resources": "registers, spills, shared memory, occupancy of compiled kernels; no GPU needed",
-    "predict": "milliseconds of a step by calculation, beside what was measured; no GPU needed",
-    "report": "tables and plots of the records, as Markdown and HTML; the README's figures",
-    "device": "all that a fresh GPU machine should record, within some minutes",
-}
 
 
-def parser():
+def make_parser() -> argparse.ArgumentParser:
     top = _Parser(prog="python -m bench", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, summary in COMMANDS.items():
-        module = importlib.import_module(MODULES[name])
-        p = commands.add_parser(
-            name,
-            help=summary,
-            description=module.__doc__,
-            formatter_class=_Formatter,
+    for name, (module, summary) in COMMANDS.items():
+        parser = commands.add_parser(
+            name, help=summary, description=module.__doc__, formatter_class=_Formatter
         )
-        module.options(p)
-        p.set_defaults(run=module.command)
+        module.add_options(parser)
+        parser.set_defaults(run=module.run_command)
     return top
 
 
 class _Parser(argparse.ArgumentParser):
-    """An error is one line, which lists what there is."""
+    """Prints an error in one line, without the usage."""
 
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}; --help tells more\n")
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Descriptions as they are written; the default of an option told once, where there is one."""
+    """Keeps the lines of descriptions, and adds an option's default unless its help has one."""
 
-    def _get_help_string(self, action):
-        if action.default in (None, False, []) or "(default" in action.help:
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, []) or "(default" in (action.help or ""):
             return action.help
         return super()._get_help_string(action)
 
 
-def main(argv=None):
-    args = parser().parse_args(argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
     try:
         return args.run(args) or 0
     except (ValueError, RuntimeError, Inaccurate) as error:
         print(f"python -m bench {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            f"python -m bench {args.command}: interrupted; what was recorded so far is kept",
-            file=sys.stderr,
-        )
+        message = "interrupted; the records written so far are saved"
+        print(f"python -m bench {args.command}: {message}", file=sys.stderr)
         return 130
 
 

@@ -1,9 +1,11 @@
-"""What is measured, as data: the runner knows no operator by name."""
+"""The operators that are measured, as data: inputs, byte counts and calls per optimizer step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import mvsplit_ops as mv
 from mvsplit_ops import reference
@@ -11,7 +13,7 @@ from mvsplit_ops import reference
 
 @dataclass(frozen=True)
 class Shape:
-    """B samples of `segments` tokens, width D in H heads, SwiGLU width F: the paper's."""
+    """B samples of `segments` tokens, width D in H heads, SwiGLU width F. Default: the paper's."""
 
     B: int = 4
     segments: tuple[int, ...] = (256, 64)
@@ -22,38 +24,49 @@ class Shape:
     device: str = "cpu"
 
     @property
-    def T(self):
+    def T(self) -> int:
         return sum(self.segments)
 
     @property
-    def Dh(self):
+    def Dh(self) -> int:
         return self.D // self.H
 
     @property
-    def pass_bytes(self):
-        """Reading or writing one (B, T, D) tensor once."""
+    def pass_bytes(self) -> int:
+        """Bytes of one pass: reading or writing a (B, T, D) tensor once."""
         return self.B * self.T * self.D * self.dtype.itemsize
 
 
-def in_order(op, activations, constants, kwargs):
-    """Activations, then constants, as positional arguments."""
+Tensors = Sequence[Tensor]
+Kwargs = dict[str, Any]
+Inputs = tuple[Tensors, Tensors, Kwargs]  # activations and parameters, constants, keywords
+Operator = Callable[..., Any]  # returns a tensor or a tuple of tensors
+Function = Callable[[Tensors, Tensors, Kwargs], tuple[Tensor, ...]]
+
+
+def in_order(op: Operator, activations: Tensors, constants: Tensors, kwargs: Kwargs) -> Any:
+    """Call the operator with activations, then constants, as positional arguments."""
     return op(*activations, *constants, **kwargs)
 
 
-def one_by_one(op, activations, constants, kwargs):
-    """The op on each activation on its own: RoPE of q, then of k."""
+def one_by_one(
+    op: Operator, activations: Tensors, constants: Tensors, kwargs: Kwargs
+) -> tuple[Tensor, ...]:
+    """Call the operator once for each activation: RoPE of q, then of k."""
     return tuple(op(t, *constants, **kwargs) for t in activations)
 
 
-def carried(op, activations, constants, kwargs):
-    """The merge of a chain: the constant is jx, and the mean of the result is of no interest."""
+def carried(
+    op: Operator, activations: Tensors, constants: Tensors, kwargs: Kwargs
+) -> tuple[Tensor, ...]:
+    """Call a merge of a chain: the constant is jx; the mean of the result is dropped."""
     (jx,) = constants
     return op(*activations, jx=jx, **kwargs)[:1]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One operator of the profile.
+    """One operator of the benchmark.
 
     op         public name; its eager definition has the same name in mvsplit_ops.reference
     title      the paper's name
@@ -62,92 +75,104 @@ class Case:
     per_block  calls in one block
     call       how the operator takes its inputs
     part_of    the case that replaces this one in totals
-    profiled   one of the operators of the paper's profile
+    profiled   whether the paper's operator profile has it
     """
 
     op: str
     title: str
-    inputs: Callable
+    inputs: Callable[[Shape, torch.Generator], Inputs]
     fwd: Callable[[Shape], float]
     bwd: Callable[[Shape], float]
     per_block: int = 1
-    call: Callable = in_order
+    call: Callable[[Operator, Tensors, Tensors, Kwargs], Any] = in_order
     part_of: str | None = None
     profiled: bool = True
 
-    def example(self, shape, seed=0):
-        """Inputs at a shape, the same for the same seed and device."""
+    def example(self, shape: Shape, seed: int = 0) -> Inputs:
+        """Return inputs at a shape, the same for the same seed and device."""
         return self.inputs(shape, generator_on(shape.device, seed))
 
-    def function(self, implementation):
-        """The call that is timed: activations and parameters -> tuple of results."""
+    def bytes_to_move(self, shape: Shape) -> tuple[float, float]:
+        """Return the bytes that a forward and a backward call must move."""
+        return self.fwd(shape) * shape.pass_bytes, self.bwd(shape) * shape.pass_bytes
 
-        def call(activations, constants, kwargs):
+    def function(self, implementation: Operator) -> Function:
+        """Return the call that is timed: (activations, constants, kwargs) -> tuple of results."""
+
+        def call(activations: Tensors, constants: Tensors, kwargs: Kwargs) -> tuple[Tensor, ...]:
             out = self.call(implementation, activations, constants, kwargs)
             return out if isinstance(out, tuple) else (out,)
 
         return call
 
     @property
-    def reference(self):
+    def reference(self) -> Function:
         return self.function(getattr(reference, self.op))
 
-    def fused(self, backend=None):
+    def fused(self, backend: str | None = None) -> Function:
         op = getattr(mv, self.op)
         return self.function(lambda *args, **kwargs: op(*args, backend=backend, **kwargs))
 
 
-def generator_on(device, seed):
-    """Random numbers made where they are used: a GPU's gigabytes would take a CPU seconds."""
-    on = device if torch.device(device).type == "cuda" else "cpu"
-    return torch.Generator(on).manual_seed(seed)
+def generator_on(device: str | torch.device, seed: int) -> torch.Generator:
+    """Return a generator on the GPU that uses its numbers: a CPU would take seconds per GB."""
+    return torch.Generator(device if is_cuda(device) else "cpu").manual_seed(seed)
 
 
-def randn(shape, generator, *sizes, dtype=None, mean=0.0, std=1.0):
+def is_cuda(device: str | torch.device) -> bool:
+    return torch.device(device).type == "cuda"
+
+
+def randn(
+    shape: Shape,
+    generator: torch.Generator,
+    *sizes: int,
+    dtype: torch.dtype | None = None,
+    mean: float = 0.0,
+    std: float = 1.0,
+) -> Tensor:
     t = torch.randn(sizes, generator=generator, dtype=torch.float64, device=generator.device)
-    t = t * std + mean
-    return t.to(shape.device, dtype or shape.dtype)
+    return (t * std + mean).to(shape.device, dtype or shape.dtype)
 
 
-def rotary_tables(shape, generator):
-    """cos and sin (T, Dh/2) of random angles, float32."""
-    sizes = shape.T, shape.Dh // 2
-    angle = (
-        torch.rand(sizes, generator=generator, dtype=torch.float64, device=generator.device) * 6.3
-    )
+def rotary_tables(shape: Shape, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Return cos and sin (T, Dh/2) of random angles, float32."""
+    sizes, device = (shape.T, shape.Dh // 2), generator.device
+    angle = torch.rand(sizes, generator=generator, dtype=torch.float64, device=device) * 6.3
     return tuple(t.to(shape.device, torch.float32) for t in (angle.cos(), angle.sin()))
 
 
-def heads(shape, generator):
+def heads(shape: Shape, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Return random q and k (B, T, H, Dh)."""
     return tuple(randn(shape, generator, shape.B, shape.T, shape.H, shape.Dh) for _ in "qk")
 
 
-def _rope(shape, g):
+def _rope(shape: Shape, g: torch.Generator) -> Inputs:
     return heads(shape, g), rotary_tables(shape, g), {}
 
 
-def _qk_norm(shape, g):
+def _qk_norm(shape: Shape, g: torch.Generator) -> Inputs:
     return heads(shape, g), (), {}
 
 
-def _swiglu(shape, g):
+def _swiglu(shape: Shape, g: torch.Generator) -> Inputs:
     return (randn(shape, g, shape.B, shape.T, 2 * shape.F),), (), {}
 
 
-def _merge(shape, g):
+def _merge(shape: Shape, g: torch.Generator) -> Inputs:
     x, f = (randn(shape, g, shape.B, shape.T, shape.D) for _ in "xf")
     alpha = randn(shape, g, shape.D, dtype=torch.float32, std=0.1)
     beta = randn(shape, g, shape.D, dtype=torch.float32, mean=1.0, std=0.1)
     return (x, f, alpha, beta), (), {"segments": list(shape.segments)}
 
 
-def _carried(shape, g):
+def _carried(shape: Shape, g: torch.Generator) -> Inputs:
     activations, _, kwargs = _merge(shape, g)
     acc = torch.promote_types(shape.dtype, torch.float32)
     return activations, (reference.segment_means(activations[0], shape.segments).to(acc),), kwargs
 
 
-def _layerscale(shape, g):
+def _layerscale(shape: Shape, g: torch.Generator) -> Inputs:
     (x, f, _, scale), _, _ = _merge(shape, g)
     return (x, f, scale), (), {}
 
@@ -186,14 +211,14 @@ CASES = (
         profiled=False,
     ),
 )
+PROFILE = tuple(case for case in CASES if case.profiled)
+
 # arXiv 2605.06169: operators per optimizer step, eager and its fused kernels, 400 blocks on 8 H100.
 PAPER_MS = {"eager": 1697.4, "fused": 614.0}
 
-PROFILE = tuple(case for case in CASES if case.profiled)
 
-
-def calls_per_step(case, blocks):
-    """(forward, backward) calls of one optimizer step with three of four blocks checkpointed.
+def calls_per_step(case: Case, blocks: int) -> tuple[int, int]:
+    """Return (forward, backward) calls of one optimizer step, three of four blocks checkpointed.
 
     A checkpointed block runs its forward again in backward: 400 blocks make 700 forward and 400
     backward calls.

@@ -1,0 +1,1 @@
+"""What every command shares: options, records, tables, timing, accuracy, the machine."""

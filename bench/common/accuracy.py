@@ -1,22 +1,33 @@
-"""Is a result right? The one rule, used by the tests and before anything is timed."""
+"""The accuracy rule, applied by the tests and before every timing."""
+
+from collections.abc import Callable
+from typing import cast
 
 import torch
+from torch import Tensor
 
-from bench.cases import generator_on
+from bench.cases import Case, Function, Inputs, Kwargs, Tensors, generator_on
+
+Forward = Callable[[], tuple[Tensor, ...]]
+Backward = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 
 class Inaccurate(AssertionError):
-    """A kernel erred more than the rule allows."""
+    """The error of an implementation is larger than the rule allows."""
 
 
-def require_accurate(name, got, eager, exact, factor=2.0):
-    """`got` may be `factor` times as wrong as eager code in its dtype, plus one rounding.
+def require_accurate(
+    name: str, got: Tensor, eager: Tensor, exact: Tensor, factor: float = 2.0
+) -> None:
+    """Raise Inaccurate if the error exceeds `factor` times that of eager code plus one rounding.
 
-    exact is float64; the rounding is of its largest value. Restates the rule of FlashAttention's
-    tests: no tolerance is picked by hand.
+    exact is float64; the rounding is that of its largest value in the dtype of `got`. This is the
+    rule of FlashAttention's tests: no tolerance is picked by hand.
     """
-    if got.shape != exact.shape or not torch.isfinite(got).all():
-        raise Inaccurate(f"{name}: shape {tuple(got.shape)}, or a value that is not finite")
+    if got.shape != exact.shape:
+        raise Inaccurate(f"{name}: expected shape {tuple(exact.shape)}, got {tuple(got.shape)}")
+    if not torch.isfinite(got).all():
+        raise Inaccurate(f"{name}: contains NaN or infinity")
     if exact.numel() == 0:
         return
     error, budget = ((t.double() - exact).abs().max().item() for t in (got, eager))
@@ -28,74 +39,82 @@ def require_accurate(name, got, eager, exact, factor=2.0):
         )
 
 
-def results_and_gradients(function, activations, constants, kwargs, seed=0):
-    """Results of a call, and gradients of its activations for cotangents that no dtype changes."""
+def results_and_gradients(
+    function: Function, activations: Tensors, constants: Tensors, kwargs: Kwargs, seed: int = 0
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the results of a call and the gradients of its activations.
+
+    The cotangents are the same in every dtype.
+    """
     leaves = [t.detach().requires_grad_() for t in activations]
     outputs = function(leaves, constants, kwargs)
     generator = generator_on(outputs[0].device, seed)
-    cotangents = [cotangent(t, generator) for t in outputs]
-    torch.autograd.backward(outputs, cotangents)
-    return [t.detach() for t in outputs], [t.grad for t in leaves]
+    torch.autograd.backward(outputs, [cotangent(t, generator) for t in outputs])
+    return [t.detach() for t in outputs], cast("list[Tensor]", [t.grad for t in leaves])
 
 
-def cotangent(t, generator):
-    """Random, strided as t, and exact in bfloat16, so that every dtype is given the same one."""
+def cotangent(t: Tensor, generator: torch.Generator) -> Tensor:
+    """Return random numbers strided as t, and exact in bfloat16: every dtype gets the same."""
     values = torch.randn(t.shape, generator=generator, device=generator.device).bfloat16()
     return torch.empty_like(t).copy_(values)
 
 
-def cotangents_of(function, activations, constants, kwargs, seed=1):
-    """A cotangent for each result of a call."""
+def make_cotangents(
+    function: Function, activations: Tensors, constants: Tensors, kwargs: Kwargs, seed: int = 1
+) -> list[Tensor]:
+    """Return a cotangent for each result of a call."""
     with torch.no_grad():
         outputs = function(activations, constants, kwargs)
     generator = generator_on(outputs[0].device, seed)
     return [cotangent(t, generator) for t in outputs]
 
 
-def forward_backward(function, activations, constants, kwargs):
-    """(forward, backward) of an implementation on its inputs: what is timed, and checked first."""
+def forward_backward(
+    function: Function, activations: Tensors, constants: Tensors, kwargs: Kwargs
+) -> tuple[Forward, Backward]:
+    """Return the (forward, backward) calls of an implementation that are timed."""
     leaves = [t.detach().requires_grad_() for t in activations]
-    cotangents = cotangents_of(function, activations, constants, kwargs)
+    cotangents = make_cotangents(function, activations, constants, kwargs)
 
-    def forward():
+    def forward() -> tuple[Tensor, ...]:
         return function(leaves, constants, kwargs)
 
-    def backward(outputs):
+    def backward(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(outputs, leaves, cotangents)
 
     return forward, backward
 
 
-def double(inputs):
-    """The same inputs in float64: what the oracle is given."""
+def double(inputs: Inputs) -> Inputs:
+    """Return the inputs in float64, for the exact results."""
     activations, constants, kwargs = inputs
     return [t.double() for t in activations], [t.double() for t in constants], kwargs
 
 
 class Judge:
-    """The rule for one case's inputs: what is exact, and what eager code errs, computed once.
+    """The accuracy rule for the inputs of one case; exact and eager results are computed once.
 
     samples  inputs of one shape, whose errors are judged together: the rule compares largest
-             errors, and among the few elements of a narrow parameter one sample's are luck
+             errors, which depend on chance among the few elements of a narrow parameter
     """
 
-    def __init__(self, case, *samples):
+    def __init__(self, case: Case, *samples: Inputs) -> None:
         self.case, self.samples = case, samples
         self.exact = [results_and_gradients(case.reference, *double(inputs)) for inputs in samples]
         self.eager = [results_and_gradients(case.reference, *inputs) for inputs in samples]
 
-    def require(self, name, function):
-        """Results and gradients of `function` obey the rule; else Inaccurate."""
-        got = [results_and_gradients(function, *inputs) for inputs in self.samples]
-        for kind, what in enumerate(("result", "gradient")):
+    def require(self, name: str, function: Function) -> None:
+        """Raise Inaccurate unless results and gradients of `function` obey the rule."""
+        runs = [results_and_gradients(function, *inputs) for inputs in self.samples]
+        for kind, kind_name in enumerate(("result", "gradient")):
             for i in range(len(self.exact[0][kind])):
-                pooled = (
-                    torch.stack([run[kind][i] for run in runs])
-                    for runs in (got, self.eager, self.exact)
+                got, eager, exact = (
+                    torch.stack([run[kind][i] for run in pooled])
+                    for pooled in (runs, self.eager, self.exact)
                 )
-                require_accurate(f"{self.case.op}, {name}, {what} {i}", *pooled)
+                require_accurate(f"{self.case.op}, {name}, {kind_name} {i}", got, eager, exact)
 
 
-def require_case(case, name, function, *samples):
-    """One function judged: see Judge."""
+def require_case(case: Case, name: str, function: Function, *samples: Inputs) -> None:
+    """Raise Inaccurate unless a function obeys the rule; see Judge."""
     Judge(case, *samples).require(name, function)

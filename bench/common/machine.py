@@ -1,5 +1,6 @@
-"""What a machine can do at best: the rate at which it copies, and multiplies matrices."""
+"""A description of the machine, and its peak rates: copy bandwidth and matrix products."""
 
+import argparse
 import datetime
 import importlib.metadata
 import platform
@@ -7,22 +8,37 @@ import statistics
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
+from bench.cases import Shape, is_cuda
 from bench.common import options as opt
 from bench.common import records
+from bench.common.records import Run
 from bench.common.timing import Timer
 from mvsplit_ops._check import DTYPES
 
+CPU_COPY_MB, GPU_COPY_MB = 256, 1024
 
-def describe_run(shape=None):
-    """What every record says of its run."""
-    run = {
+
+class MachineRecord(TypedDict):
+    """What the machine can do at best."""
+
+    kind: str
+    run: Run
+    copy_bytes_per_second: float
+    matmul_flops_per_second: float
+    matmul_dtype: str
+
+
+def describe_run(shape: Shape | None = None) -> Run:
+    """Return date, commit, software and shape: the fields that every record has."""
+    run: Run = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": _git_commit(),
         "torch": torch.__version__,
-        "triton": _triton(),
+        "triton": _triton_version(),
         "python": platform.python_version(),
     }
     if shape is not None:
@@ -31,26 +47,26 @@ def describe_run(shape=None):
     return run
 
 
-def describe_machine(device, backend=None):
-    """The processor that was measured, and the state it was in.
+def describe_machine(device: str | torch.device, backend: str | None = None) -> Run:
+    """Return the processor that was measured, and its state.
 
     instruction_set  of the cpu backend, where that is `backend`
-    capability, driver, clocks  of a GPU: (9, 0); its driver; MHz as nvidia-smi gives them
+    capability, driver, clocks  of a GPU: [9, 0]; its driver; MHz according to nvidia-smi
     """
-    cuda = torch.device(device).type == "cuda"
-    found = {
+    cuda = is_cuda(device)
+    described: Run = {
         "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
         "threads": torch.get_num_threads(),
         "instruction_set": None if cuda else _instruction_set(backend),
     }
     if cuda:
-        found["capability"] = list(torch.cuda.get_device_capability(device))
-        found |= _nvidia_smi(device)
-    return found
+        described["capability"] = list(torch.cuda.get_device_capability(device))
+        described |= _query_nvidia_smi(device)
+    return described
 
 
-def copy_bandwidth(device, megabytes=256, repeats=15):
-    """Bytes per second, read and written, of a large tensor copy."""
+def measure_copy(device: str, megabytes: int = CPU_COPY_MB, repeats: int = 15) -> float:
+    """Return bytes per second, read and written, of a large tensor copy."""
     source = torch.ones(megabytes << 20, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     timer = Timer(device)
@@ -58,95 +74,101 @@ def copy_bandwidth(device, megabytes=256, repeats=15):
     return 2 * source.numel() / statistics.median(seconds)
 
 
-def matmul_rate(device, dtype, size=None, repeats=7):
-    """FLOP per second of a product of two square matrices of random numbers.
+def measure_matmul(
+    device: str | torch.device, dtype: torch.dtype, size: int | None = None, repeats: int = 7
+) -> float:
+    """Return FLOP per second of a product of two square matrices of random numbers.
 
     Random, since a GPU multiplies zeros at higher clocks. size: 8192 on a GPU, 1024 on a CPU.
     """
-    size = size or (8192 if torch.device(device).type == "cuda" else 1024)
+    size = size or (8192 if is_cuda(device) else 1024)
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     timer = Timer(device)
     seconds = [timer(lambda: a @ b)[0] for _ in range(repeats + 3)][3:]
     return 2 * size**3 / statistics.median(seconds)
 
 
-def measure(device, dtype, progress=lambda what, of: None):
-    """A record of what the machine can do at best."""
+def measure(
+    device: str, dtype: torch.dtype, progress: opt.ReportProgress = opt.no_progress
+) -> MachineRecord:
+    """Return a record of the machine's peak rates."""
     progress("copy", 2)
-    copy = copy_bandwidth(device, megabytes=1024 if torch.device(device).type == "cuda" else 256)
+    copy = measure_copy(device, GPU_COPY_MB if is_cuda(device) else CPU_COPY_MB)
     progress("matrix product", 2)
-    rate = matmul_rate(device, dtype)
+    rate = measure_matmul(device, dtype)
     return {
         "kind": "machine",
-        "run": {**describe_run(), **describe_machine(device)},
+        "run": describe_run() | describe_machine(device),
         "copy_bytes_per_second": copy,
         "matmul_flops_per_second": rate,
         "matmul_dtype": str(dtype).removeprefix("torch."),
     }
 
 
-def _instruction_set(backend):
+def _instruction_set(backend: str | None) -> str | None:
     if backend != "cpu":
         return None
-    from mvsplit_ops import _C
-
-    return _C.capability()
+    return importlib.import_module("mvsplit_ops._C").capability()  # may not be built
 
 
-def _nvidia_smi(device):
-    """{"driver", "clocks"} of a GPU; each None where nvidia-smi is not there to ask."""
+def _query_nvidia_smi(device: str | torch.device) -> Run:
+    """Return driver and clocks of a GPU; each is None where nvidia-smi cannot be run."""
     uuid = torch.cuda.get_device_properties(device).uuid
     fields = "driver_version,clocks.sm,clocks.mem,clocks.max.sm"
     command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={fields}"]
-    try:
-        done = subprocess.run(
-            [*command, "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
+    output = _output_of([*command, "--format=csv,noheader,nounits"])
+    if output is None:
         return {"driver": None, "clocks": None}
-    driver, *clocks = (part.strip() for part in done.stdout.splitlines()[0].split(","))
+    driver, *clocks = (part.strip() for part in output.splitlines()[0].split(","))
     return {"driver": driver, "clocks": dict(zip(("sm", "memory", "sm_max"), clocks, strict=True))}
 
 
-def _cpu_name():
+def _output_of(command: list[str], folder: Path | None = None) -> str | None:
+    try:
+        return subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _triton():
-    try:  # its version, without importing it: an import decides whether it interprets its kernels
+def _triton_version() -> str | None:
+    """Return the version without an import, which would decide whether Triton interprets."""
+    try:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _commit():
-    here = Path(__file__).parent
+def _git_commit() -> str | None:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+    return _output_of(command, Path(__file__).parent)
 
 
-def options(p):
-    opt.add_device(p)
-    p.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the matrix product")
-    opt.add_json(p)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    opt.add_device(parser)
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bf16", help="dtype of the matrix product"
+    )
+    opt.add_json(parser)
 
 
-def command(args):
-    opt.writable(args.json)
-    device = opt.device(args)
-    with opt.progress("machine") as progress:
-        found = measure(device, DTYPES[args.dtype], progress)
+def run_command(args: argparse.Namespace) -> None:
+    opt.check_writable(args.json)
+    device = opt.select_device(args)
+    with opt.show_progress("machine") as progress:
+        record = measure(device, DTYPES[args.dtype], progress)
     if args.json:
-        records.append(found, args.json)
-    copy, rate = found["copy_bytes_per_second"], found["matmul_flops_per_second"]
-    opt.console().print(
-        f"{found['run']['device']}: copies {copy / 1e9:,.1f} GB/s, read and written; multiplies "
-        f"matrices at {rate / 1e12:,.3g} TFLOP/s in {found['matmul_dtype']}"
+        records.append(record, args.json)
+    copy, rate = record["copy_bytes_per_second"], record["matmul_flops_per_second"]
+    opt.make_console().print(
+        f"{record['run']['device']}: copies {copy / 1e9:,.1f} GB/s, read and written; multiplies "
+        f"matrices at {rate / 1e12:,.3g} TFLOP/s in {record['matmul_dtype']}"
     )

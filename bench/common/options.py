@@ -1,71 +1,79 @@
-"""Options that several commands share, what they become, and how a command shows that it works."""
+"""Command-line options that several commands share, and the progress bar of a command."""
 
+import argparse
 import contextlib
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench.cases import CASES, Shape
+from bench.cases import CASES, Case, Shape
 from model.options import positive
 from mvsplit_ops._check import DTYPES
 
+ReportProgress = Callable[[str, int], None]  # (activity that begins, activities in all)
 
-def token_counts(text):
+
+def no_progress(activity: str, steps: int) -> None:
+    """Report nothing: the progress callback of a measurement that no command shows."""
+
+
+def token_counts(text: str) -> tuple[int, ...]:
     return tuple(positive(part) for part in text.replace("+", ",").split(","))
 
 
-def add_shape(command):
+def add_shape(parser: argparse.ArgumentParser) -> None:
     defaults = Shape()
-    command.add_argument("--batch", type=positive, default=defaults.B, help="samples per call")
-    command.add_argument(
+    parser.add_argument("--batch", type=positive, default=defaults.B, help="samples per call")
+    parser.add_argument(
         "--tokens",
         type=token_counts,
         default=defaults.segments,
         metavar="N[,N..]",
         help="tokens of each segment of a sample: image, text",
     )
-    command.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the activations")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="dtype of the activations")
 
 
-def add_device(command):
-    command.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
-    command.add_argument("--threads", type=positive, help="CPU threads (default: PyTorch's)")
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if available)")
+    parser.add_argument("--threads", type=positive, help="CPU threads (default: PyTorch's)")
 
 
-def add_ops(command, cases=CASES):
+def add_ops(parser: argparse.ArgumentParser, cases: Sequence[Case] = CASES) -> None:
     ops = [case.op for case in cases]
-    command.add_argument(
+    parser.add_argument(
         "--op",
         nargs="+",
         choices=ops,
         default=ops,
         metavar="OP",
-        help=f"these alone, of {', '.join(ops)}",
+        help=f"measure only these operators, of {', '.join(ops)}",
     )
 
 
-def add_json(command):
-    command.add_argument(
-        "--json", type=Path, metavar="FILE", help="add every record to FILE, one a line"
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="append every record to FILE, one per line"
     )
 
 
-def chosen(ops, cases=CASES):
-    """The cases of --op."""
+def chosen_cases(ops: Sequence[str], cases: Sequence[Case] = CASES) -> list[Case]:
+    """Return the cases of --op."""
     return [case for case in cases if case.op in ops]
 
 
-def shape(args, device):
-    """The Shape of --batch, --tokens and --dtype; what is None is the default's."""
-    given = {"B": args.batch, "segments": args.tokens, "dtype": DTYPES.get(args.dtype)}
-    return Shape(**{name: value for name, value in given.items() if value}, device=device)
+def chosen_shape(args: argparse.Namespace, device: str) -> Shape:
+    """Return the Shape of --batch, --tokens and --dtype; an option that is None has its default."""
+    options = {"B": args.batch, "segments": args.tokens, "dtype": DTYPES.get(args.dtype)}
+    return Shape(**{name: value for name, value in options.items() if value}, device=device)
 
 
-def device(args):
-    """The device of --device, with --threads set; ValueError where it cannot be used."""
+def select_device(args: argparse.Namespace) -> str:
+    """Return the device of --device and apply --threads; ValueError if it cannot be used."""
     if args.threads:
         torch.set_num_threads(args.threads)
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -77,29 +85,29 @@ def device(args):
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device: cannot use {name!r} here: {reason}") from error
     if ":" in name and name.startswith("cuda"):
-        torch.cuda.set_device(name)  # streams and graphs are the current device's
+        torch.cuda.set_device(name)  # streams and graphs are made on the current device
     return name
 
 
-def writable(path, option="--json"):
-    """ValueError, before anything is measured, where a file cannot be made."""
+def check_writable(path: Path | None, option: str = "--json") -> None:
+    """Raise ValueError, before anything is measured, if the folder of a file does not exist."""
     if path and not path.resolve().parent.is_dir():
         raise ValueError(f"{option}: no folder {path.resolve().parent}; make it first")
 
 
-def console():
+def make_console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 190)
 
 
 @contextlib.contextmanager
-def progress(name):
-    """progress(what is done now, steps in all), shown as a bar on stderr."""
+def show_progress(name: str) -> Iterator[ReportProgress]:
+    """Yield a progress callback that is shown as a bar on stderr."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task(name, total=None)
 
-        def advance(what, steps):
-            bar.update(task, description=what, total=steps)
+        def advance(activity: str, steps: int) -> None:
+            bar.update(task, description=activity, total=steps)
             bar.advance(task)
 
         yield advance

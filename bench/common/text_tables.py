@@ -1,13 +1,24 @@
-"""A table of strings, on a terminal or in Markdown: a column of text, then columns of figures."""
+"""Tables of strings, on a terminal or in Markdown, and the text of a shape in their notes."""
 
-NOTHING = "–"  # in a cell without a value
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table as TerminalTable
+
+NOTHING = "–"  # a cell without a value
+
+Row = Sequence[str]
 
 
-def terminal(title, columns, rows, caption=(), total=None):
-    """A rich table; `total` is a last row apart, `caption` lines below it."""
-    from rich.table import Table
-
-    table = Table(title=title, caption="\n".join(caption) or None, caption_justify="left")
+def build_table(
+    title: str,
+    columns: Row,
+    rows: Iterable[Row],
+    caption: Sequence[str] = (),
+    total: Row | None = None,
+) -> TerminalTable:
+    """Return a rich table: text, then columns of numbers; `total` is the last row."""
+    table = TerminalTable(title=title, caption="\n".join(caption) or None, caption_justify="left")
     for i, name in enumerate(columns):
         table.add_column(name, justify="left" if i == 0 else "right")
     for row in rows:
@@ -18,19 +29,21 @@ def terminal(title, columns, rows, caption=(), total=None):
     return table
 
 
-def markdown(columns, rows):
+def format_markdown(columns: Row, rows: Iterable[Row]) -> str:
+    """Return a Markdown table: text, then columns of numbers."""
     head, *body = ("| " + " | ".join(row) + " |" for row in (columns, *rows))
     rule = "|" + "|".join([" --- "] + [" ---: "] * (len(columns) - 1)) + "|"
     return "\n".join([head, rule, *body])
 
 
-def shape_text(shape):
+def shape_text(shape: Mapping[str, Any]) -> str:
+    """Return the size and the width of a record's shape."""
     return f"{size_text(shape)}, {width_text(shape)}"
 
 
-def size_text(shape):
+def size_text(shape: Mapping[str, Any]) -> str:
     return f"B {shape['B']}, T {'+'.join(map(str, shape['segments']))}"
 
 
-def width_text(shape):
+def width_text(shape: Mapping[str, Any]) -> str:
     return f"D {shape['D']}, H {shape['H']}, F {shape['F']}, {shape['dtype']}"

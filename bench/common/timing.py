@@ -1,29 +1,38 @@
-"""Seconds of a call, on a CPU or a CUDA device."""
+"""Time of a call on a CPU or a CUDA device."""
 
 import contextlib
 import gc
 import statistics
 import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+
+from bench.cases import Case, Function, Inputs, Shape, is_cuda
 
 _L2_FLUSH_BYTES = 256 << 20  # several times the L2 of any current GPU
-_MOST_SETS = 32  # of inputs in one captured graph
+_MOST_SETS = 32  # sets of inputs in one captured graph
+
+Result = TypeVar("Result")
+Name = TypeVar("Name", bound=Hashable)
+CallPair = tuple[Callable[[], Any], Callable[[Any], Any]]  # backward takes what forward returns
 
 
 class Timer:
-    """timer(f) -> (seconds, result of f)."""
+    """A callable: timer(f) returns (seconds, result of f)."""
 
-    def __init__(self, device):
-        self.cuda = torch.device(device).type == "cuda"
+    def __init__(self, device: str | torch.device) -> None:
+        self.cuda = is_cuda(device)
         if self.cuda:
             self.flush = torch.empty(_L2_FLUSH_BYTES, dtype=torch.int8, device=device)
 
-    def __call__(self, f):
+    def __call__(self, f: Callable[[], Result]) -> tuple[float, Result]:
         if not self.cuda:
-            start = time.perf_counter()
+            begin = time.perf_counter()
             result = f()
-            return time.perf_counter() - start, result
+            return time.perf_counter() - begin, result
         self.flush.zero_()  # cold L2
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -33,42 +42,46 @@ class Timer:
         return start.elapsed_time(end) / 1e3, result
 
 
-def interleaved(calls, repeats, timer):
-    """Median (forward, backward) seconds of each {name: call}, taken in turn, `repeats` times."""
-    taken = samples(calls, repeats, timer)
+def time_interleaved(
+    calls: Mapping[Name, CallPair], repeats: int, timer: Timer
+) -> dict[Name, tuple[float, float]]:
+    """Return the median (forward, backward) seconds of each of {name: calls}; see time_turns."""
     return {
-        name: tuple(statistics.median(s[i] for s in pairs) for i in (0, 1))
-        for name, pairs in taken.items()
+        name: (statistics.median(f for f, _ in turns), statistics.median(b for _, b in turns))
+        for name, turns in time_turns(calls, repeats, timer).items()
     }
 
 
-def samples(calls, repeats, timer):
-    """{name: (forward, backward) seconds of each turn} of {name: call}.
+def time_turns(
+    calls: Mapping[Name, CallPair], repeats: int, timer: Timer
+) -> dict[Name, list[tuple[float, float]]]:
+    """Return {name: (forward, backward) seconds of each turn}.
 
-    A call is a pair: forward() gives what backward takes. Taking turns, a slow moment of the
-    machine meets every implementation alike; the first fifth warms up and does not count.
+    The implementations take turns, so that a slow moment of the machine affects all of them alike.
+    The first fifth of the turns warms up and does not count.
     """
-    seconds = {name: [] for name in calls}
+    seconds: dict[Name, list[tuple[float, float]]] = {name: [] for name in calls}
     warmup = max(1, repeats // 5)
     for repeat in range(warmup + repeats):
         for name, (forward, backward) in calls.items():
             forward_s, result = timer(forward)
-            backward_s, _ = timer(lambda b=backward, r=result: b(r))
+            backward_s, _ = timer(lambda b=backward, r=result: b(r))  # type: ignore[misc]
             if repeat >= warmup:
                 seconds[name].append((forward_s, backward_s))
     return seconds
 
 
-def profiler(device):
-    """PyTorch's profiler of the CPU and, where the device is one, of the GPU's kernels."""
+def make_profiler(device: str | torch.device) -> torch.profiler.profile:
+    """Return PyTorch's profiler of the CPU and, on a CUDA device, of the GPU's kernels."""
     kinds = torch.profiler.ProfilerActivity
-    cuda = torch.device(device).type == "cuda"
-    return torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA] if cuda else [kinds.CPU])
+    return torch.profiler.profile(
+        activities=[kinds.CPU, kinds.CUDA] if is_cuda(device) else [kinds.CPU]
+    )
 
 
 @contextlib.contextmanager
-def no_collection():
-    """No garbage collection within the block: it would walk through what watches a step."""
+def no_collection() -> Iterator[None]:
+    """Disable garbage collection in the block: it would walk the objects that watch a step."""
     gc.collect()
     gc.disable()
     try:
@@ -80,7 +93,7 @@ def no_collection():
 class Replay:
     """A call captured in CUDA graphs on several sets of inputs, one after the other.
 
-    Replaying one costs no host time between the calls, so kernels shorter than a launch can be
+    Replaying one costs no host time between the calls, so that kernels shorter than a launch can be
     timed; the sets together are several times the L2, so that each call finds its inputs cold.
 
     forward, backward, both    replay every set's forward, backward, or forward and backward
@@ -90,17 +103,20 @@ class Replay:
     RuntimeError: the call cannot be captured, because it waits for the GPU or allocates.
     """
 
-    def __init__(self, call, sets, cotangents):
-        self.count, self._keep = len(sets), []
+    def __init__(
+        self, call: Function, sets: Sequence[Inputs], cotangents: Sequence[Sequence[Tensor]]
+    ) -> None:
+        self.count = len(sets)
+        self._results: list[Any] = []
         self._stream = torch.cuda.Stream()
         self._stream.wait_stream(torch.cuda.current_stream())
         leaves = [[t.detach().requires_grad_() for t in activations] for activations, *_ in sets]
 
-        def run(i):
+        def run(i: int) -> tuple[Tensor, ...]:
             _, constants, kwargs = sets[i]
             return call(leaves[i], constants, kwargs)
 
-        def back(i, outputs):
+        def back(i: int, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return torch.autograd.grad(outputs, leaves[i], cotangents[i])
 
         every = range(self.count)
@@ -110,20 +126,20 @@ class Replay:
                     back(i, run(i))
             # Backward runs on the stream of its forward: that must be the one that captures.
             outputs = [run(i) for i in every]
-        self.forward = self._captured(lambda: [run(i) for i in every])
-        self.backward = self._captured(lambda: [back(i, outputs[i]) for i in every])
-        self.both = self._captured(lambda: [(o := run(i), back(i, o)) for i in every])
+        self.forward = self._capture(lambda: [run(i) for i in every])
+        self.backward = self._capture(lambda: [back(i, outputs[i]) for i in every])
+        self.both = self._capture(lambda: [(o := run(i), back(i, o)) for i in every])
 
-    def _captured(self, calls):
+    def _capture(self, calls: Callable[[], list[Any]]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph, stream=self._stream):
-            self._keep.append(calls())  # alive, so that no call writes where another has written
+            self._results.append(calls())  # alive: no call may write where another has written
         return graph.replay
 
 
-def input_sets(case, shape):
-    """Inputs of a case on a GPU, so many that together they are several times its L2."""
+def make_input_sets(case: Case, shape: Shape) -> list[Inputs]:
+    """Return inputs of a case on a GPU, several times its L2 together."""
     first = case.example(shape)
     size = sum(t.nbytes for t in first[0])
     count = min(_MOST_SETS, max(1, -(-_L2_FLUSH_BYTES // size)))

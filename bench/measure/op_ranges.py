@@ -1,233 +1,279 @@
-"""Which operator of which block is running: ranges around every forward and every backward call.
+"""Ranges around every forward and backward call of an operator in a training step.
 
-Within `labelled(model, span)`, each call of an operator runs inside span(Range(op, direction,
-block)), and so does its backward. The backward's extent is found in autograd's graph: every node
-between a call's results and its inputs has a range of its own, so what else backward does, such as
-running a checkpointed block again, is seen apart.
+Within `label_model(model, span)`, each call of an operator runs inside span(Range(op, direction,
+block)), and so does its backward: every node of autograd's graph between the results and the inputs
+of a call has a range. Whatever else backward does, such as running a checkpointed block again, is
+outside that range.
 """
 
+import argparse
 import contextlib
 import functools
 import importlib.util
 import statistics
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 from unittest import mock
 
 import torch
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.profiler_util import FunctionEvent
 
 from bench.common import options as opt
+from model.nn.dit import DiT
 from mvsplit_ops import reference
 from mvsplit_ops._register import Op
 
-OPERATOR, BLOCK, WATCHING = "mvsplit", "block", "watching"
+PREFIX, BLOCK, LABELLING = "mvsplit", "block", "labelling"
 FUSED_FROM = ("rope", "qk_norm")  # what reference.rope_qk_norm calls
-_WATCHED = "mvsplit"  # in the metadata of a node of autograd's graph
+CPU_STEPS = 3  # measured steps with ranges on a CPU, which other processes disturb
+_LABELLED = "mvsplit"  # in the metadata of a node of autograd's graph
 
 
 @dataclass(frozen=True)
 class Range:
-    """A stretch of a step. name: an operator's, "block" for a block's forward, or "watching"."""
+    """Part of a step. name: an operator's, "block" for a block's forward, or "labelling"."""
 
     name: str
     direction: str  # fwd, bwd
     block: int | None
 
-    def __str__(self):
+    def __str__(self) -> str:
         where = "" if self.block is None else f" of block {self.block}"
-        return f"{OPERATOR}: {self.name} {self.direction}{where}"
+        return f"{PREFIX}: {self.name} {self.direction}{where}"
 
     @classmethod
-    def parse(cls, text):
-        """The Range that a string tells of, or None."""
+    def parse(cls, text: str) -> "Range | None":
+        """Return the Range whose string this is, or None."""
         prefix, _, rest = text.partition(": ")
-        if prefix != OPERATOR:
+        if prefix != PREFIX:
             return None
         call, _, block = rest.partition(" of block ")
         name, direction = call.split()
         return cls(name, direction, int(block) if block else None)
 
 
-def record_function(of):
-    """A span that the profiler of PyTorch sees."""
-    return torch.profiler.record_function(str(of))
+Span = Callable[[Range], AbstractContextManager[Any]]
+Direction = tuple[str, str]  # of an operator: (name, fwd or bwd)
+
+
+def innermost_range(event: FunctionEvent | None) -> Range | None:
+    """Return the Range of a profiler's event, or of the nearest event around it that has one."""
+    while event is not None:
+        if range_ := Range.parse(event.name):
+            return range_
+        event = event.cpu_parent
+    return None
+
+
+def record_function(range_: Range) -> AbstractContextManager[Any]:
+    """Return a span for PyTorch's profiler."""
+    return torch.profiler.record_function(str(range_))
+
+
+def annotate_nvtx(range_: Range) -> AbstractContextManager[Any]:
+    """Return a span for Nsight Systems and Nsight Compute (the nvtx package; needs no GPU)."""
+    import nvtx
+
+    message = str(range_).removeprefix(f"{PREFIX}: ")
+    return nvtx.annotate(message, domain=PREFIX, category=range_.name)
 
 
 class Clock:
-    """A span that adds up seconds by (name, direction), each range without those inside it.
+    """A span that adds up seconds by (name, direction), each range without the ranges inside it.
 
-    Wall-clock of the CPU: what PyTorch's profiler tells of it, without its cost for each operation.
-    Each time it is entered, `with clock:`, it begins to add up anew.
+    Wall-clock of the CPU, without the cost of PyTorch's profiler for each operation. Each
+    `with clock:` starts a new sum.
     """
 
-    def __init__(self):
-        self._takes = []
+    def __init__(self) -> None:
+        self._steps: list[dict[Direction, float]] = []
         self.__enter__()
 
-    def __enter__(self):
-        self._seconds = defaultdict(float)
-        self._inside = [0.0]  # seconds of the ranges within each that is open, the outermost first
+    def __enter__(self) -> None:
+        self._seconds: dict[Direction, float] = defaultdict(float)
+        self._inside = [0.0]  # seconds of the ranges within each open range, the outermost first
 
-    def __exit__(self, *unused):
-        self._takes.append(self._seconds)
+    def __exit__(self, *error: object) -> None:
+        self._steps.append(self._seconds)
 
-    def medians(self):
-        """{(name, direction): seconds}, the medians of the times that it was entered."""
+    def medians(self) -> dict[Direction, float]:
+        """Return {(name, direction): seconds}, the medians over the `with clock:` blocks."""
         return {
-            of: statistics.median(seconds[of] for seconds in self._takes) for of in self._takes[0]
+            key: statistics.median(seconds[key] for seconds in self._steps)
+            for key in self._steps[0]
         }
 
     @contextlib.contextmanager
-    def __call__(self, of):
+    def __call__(self, range_: Range) -> Iterator[None]:
         self._inside.append(0.0)
         start = time.perf_counter()
         try:
             yield
         finally:
             elapsed = time.perf_counter() - start
-            self._seconds[of.name, of.direction] += elapsed - self._inside.pop()
+            self._seconds[range_.name, range_.direction] += elapsed - self._inside.pop()
             self._inside[-1] += elapsed
 
 
-def nvtx(of):
-    """A span that Nsight Systems and Nsight Compute see (the nvtx package; no GPU is needed)."""
-    import nvtx
-
-    message = str(of).removeprefix(f"{OPERATOR}: ")
-    return nvtx.annotate(message, domain=OPERATOR, category=of.name)
-
-
-def spans(*of):
-    """All of them at once."""
+def combine_spans(*spans: Span) -> Span:
+    """Return a span that enters all of them."""
 
     @contextlib.contextmanager
-    def both(label):
+    def combined(range_: Range) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            for span in of:
-                stack.enter_context(span(label))
+            for span in spans:
+                stack.enter_context(span(range_))
             yield
 
-    return both
+    return combined
 
 
-def add_options(p):
-    """The options of what else is made of a step with ranges."""
-    p.add_argument("--nvtx", action="store_true", help="NVTX ranges by operator and block")
-    p.add_argument(
+@dataclass(frozen=True)
+class Tracing:
+    """The options --trace, a file for a Chrome trace of one step, and --nvtx, NVTX ranges."""
+
+    file: Path | None = None
+    nvtx: bool = False
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> "Tracing":
+        """Check the options: ValueError or RuntimeError before anything is measured."""
+        opt.check_writable(args.trace, "--trace")
+        if args.nvtx and importlib.util.find_spec("nvtx") is None:
+            raise RuntimeError("--nvtx: the nvtx package is not installed; run pip install nvtx")
+        return cls(args.trace, args.nvtx)
+
+    def with_nvtx(self, span: Span) -> Span:
+        return combine_spans(span, annotate_nvtx) if self.nvtx else span
+
+    def export(self, profile: torch.profiler.profile) -> None:
+        if self.file:
+            profile.export_chrome_trace(str(self.file))
+
+
+NO_TRACING = Tracing()
+
+
+def add_tracing(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--nvtx", action="store_true", help="add NVTX ranges by operator and block")
+    parser.add_argument(
         "--trace", type=Path, metavar="FILE", help="write a Chrome trace of one step (Perfetto)"
     )
 
 
-def check_options(args):
-    """ValueError or RuntimeError, before anything is measured, where they cannot be met."""
-    opt.writable(args.trace, "--trace")
-    if args.nvtx and importlib.util.find_spec("nvtx") is None:
-        raise RuntimeError("--nvtx: the nvtx package is not installed; run pip install nvtx")
-
-
 @contextlib.contextmanager
-def labelled(model, span):
-    """Ranges around the operators and the blocks of a model.DiT; yields the Counter of calls.
+def label_model(model: DiT, span: Span) -> Iterator[Counter[Direction]]:
+    """Put ranges around the operators and blocks of a model; yield the Counter of calls.
 
-    The Counter's keys are (operator, direction). The eager definition of rope_qk_norm calls RoPE,
-    once for q and once for k, and QK-Norm: these have ranges and counts too.
+    The eager definition of rope_qk_norm calls RoPE, once for q and once for k, and QK-Norm: these
+    have ranges and counts too.
     """
-    watch = _Watch(span)
+    labels = _Labels(span)
     with contextlib.ExitStack() as stack:
         for i, block in enumerate(model.blocks):
-            stack.enter_context(mock.patch.object(block, "forward", watch.block(i, block.forward)))
-        stack.enter_context(mock.patch.object(Op, "__call__", watch.operator(Op.__call__)))
+            labelled = labels.label_block(i, block.forward)
+            stack.enter_context(mock.patch.object(block, "forward", labelled))
+        stack.enter_context(mock.patch.object(Op, "__call__", labels.label_operator(Op.__call__)))
         for name in FUSED_FROM:
-            part = watch.part(name, getattr(reference, name))
+            part = labels.label_part(name, getattr(reference, name))
             stack.enter_context(mock.patch.object(reference, name, part))
-        yield watch.calls
+        yield labels.calls
 
 
-class _Watch:
-    def __init__(self, span):
-        self.span, self.calls, self.inside = span, Counter(), None
+class _Labels:
+    def __init__(self, span: Span) -> None:
+        self.span, self.calls = span, Counter[Direction]()
+        self.block: int | None = None  # the one that is running
 
-    def block(self, i, forward):
+    def label_block(self, i: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
-        def run(*args):
-            before, self.inside = self.inside, i
+        def run(*args: Any) -> Any:
+            outer, self.block = self.block, i
             try:
                 with self.span(Range(BLOCK, "fwd", i)):
                     return forward(*args)
             finally:
-                self.inside = before
+                self.block = outer
 
         return run
 
-    def operator(self, call):
-        def run(op, *inputs, **options):
-            return self._watched(op.name, functools.partial(call, op), inputs, options)
+    def label_operator(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(op: Op, *inputs: Any, **options: Any) -> Any:
+            return self._call(op.name, functools.partial(call, op), inputs, options)
 
         return run
 
-    def part(self, name, function):
+    def label_part(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
-        def run(*inputs, **options):
-            return self._watched(name, function, inputs, options)
+        def run(*inputs: Any, **options: Any) -> Any:
+            return self._call(name, function, inputs, options)
 
         return run
 
-    def _watched(self, name, function, inputs, options):
-        block = self.inside
+    def _call(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        inputs: Iterable[Any],
+        options: dict[str, Any],
+    ) -> Any:
+        block = self.block
         self.calls[name, "fwd"] += 1
         with self.span(Range(name, "fwd", block)):
             outputs = function(*inputs, **options)
-        with self.span(Range(WATCHING, "fwd", block)):  # no operator's time
-            self._watch_backward(name, block, outputs, inputs)
+        with self.span(Range(LABELLING, "fwd", block)):  # does not count for the operator
+            self._label_backward(Range(name, "bwd", block), outputs, inputs)
         return outputs
 
-    def _watch_backward(self, name, block, outputs, inputs):
+    def _label_backward(self, range_: Range, outputs: Any, inputs: Iterable[Any]) -> None:
         results = outputs if isinstance(outputs, tuple) else (outputs,)
-        count = self._count_backward(name)
-        for node in _between(results, inputs):
+        count = self._make_backward_counter(range_.name)
+        for node in _nodes_between(results, inputs):
             node.register_prehook(count)
-            if _WATCHED not in node.metadata:  # a part's node is the part's
-                node.metadata[_WATCHED] = True
-                self._watch(node, Range(name, "bwd", block))
+            metadata = cast("dict[str, Any]", node.metadata)
+            if _LABELLED not in metadata:  # else it belongs to a part of this operator
+                metadata[_LABELLED] = True
+                self._label_node(node, range_)
 
-    def _count_backward(self, name):
-        """Counts the backward of one call when the first of its nodes runs."""
-        seen = []
+    def _make_backward_counter(self, name: str) -> Callable[[Any], None]:
+        """Return a hook that counts the backward of one call when its first node runs."""
+        uncounted = [name]
 
-        def count(_):
-            if not seen:
-                seen.append(True)
-                self.calls[name, "bwd"] += 1
+        def count(_: Any) -> None:
+            if uncounted:
+                self.calls[uncounted.pop(), "bwd"] += 1
 
         return count
 
-    def _watch(self, node, of):
-        running = []
+    def _label_node(self, node: Node, range_: Range) -> None:
+        running: list[AbstractContextManager[Any]] = []
 
-        def before(_):
-            running.append(self.span(of))
+        def before(_: Any) -> None:
+            running.append(self.span(range_))
             running[-1].__enter__()
 
-        def after(*_):
+        def after(*_: Any) -> None:
             running.pop().__exit__(None, None, None)
 
         node.register_prehook(before)
         node.register_hook(after)
 
 
-def _between(results, inputs):
-    """The nodes of autograd's graph that lead from results to inputs, the inputs' own left out."""
-    given = (t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad)
-    ends = {get_gradient_edge(t).node for t in given}
+def _nodes_between(results: Iterable[Any], inputs: Iterable[Any]) -> list[Node]:
+    """Return the nodes of autograd's graph from results to inputs, without those of the inputs."""
+    leaves = (t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad)
+    ends = {get_gradient_edge(t).node for t in leaves}
     todo = [t.grad_fn for t in results if isinstance(t, torch.Tensor) and t.grad_fn is not None]
-    found = {}
+    nodes: dict[Node, None] = {}
     while todo:
         node = todo.pop()
-        if node in ends or node in found:
-            continue
-        found[node] = None
-        todo += [n for n, _ in node.next_functions if n is not None]
-    return list(found)
+        if node not in ends and node not in nodes:
+            nodes[node] = None
+            todo += [n for n, _ in node.next_functions if n is not None]
+    return list(nodes)

@@ -1,48 +1,62 @@
-"""Every operator over a sweep of shapes, in every implementation that runs here, peers included.
+"""A sweep over operators, shapes and every implementation that runs here, peers included.
 
-Per call: microseconds forward, backward and both; GB/s on the bytes that the mathematics must move,
-and their share of the copy bandwidth measured in the same run; the host's microseconds; launches.
-On a GPU calls are replayed from CUDA graphs on rotating inputs that together exceed its L2.
-A result is checked before it is timed: what is wrong is shown as failing.
+Per call: microseconds forward, backward and both; GB/s on the bytes that must move, and their share
+of the copy bandwidth measured in the same run; the host's microseconds; launches. On a GPU calls
+are replayed from CUDA graphs on rotating inputs that together exceed its L2. A result is checked
+before it is timed: a wrong one is shown as failing.
 """
 
 import argparse
 import itertools
 import statistics
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
+from rich.table import Table
 from torch.autograd import DeviceType
 
-from bench.cases import Shape
+from bench.cases import Case, Function, Inputs, Shape, is_cuda
 from bench.common import options as opt
 from bench.common import records, text_tables
-from bench.common.accuracy import Inaccurate, Judge, cotangents_of, forward_backward
-from bench.common.machine import copy_bandwidth, describe_machine, describe_run
-from bench.common.timing import Replay, Timer, input_sets, profiler, samples
+from bench.common.accuracy import (
+    Backward,
+    Forward,
+    Inaccurate,
+    Judge,
+    forward_backward,
+    make_cotangents,
+)
+from bench.common.machine import describe_machine, describe_run, measure_copy
+from bench.common.options import ReportProgress, no_progress
+from bench.common.records import Run
+from bench.common.timing import Replay, Timer, make_input_sets, make_profiler, time_turns
 from bench.measure import implementations
 from model.train.heap import keep_freed_memory
 from mvsplit_ops import _backends
 from mvsplit_ops._check import DTYPES
 
-OURS = ("eager", *_backends.BACKENDS)  # when one of these is wrong, the command fails
+FAIL_IF_WRONG = ("eager", *_backends.BACKENDS)  # the command fails for them, not for peers
 HEAD = 128  # Dh of every width, and F is 3 D: the paper's
 BATCHES = {"cpu": (1, 4), "cuda": (8, 26, 64, 128)}
 HOST_CALLS = 50
+
+Seconds = tuple[float, float, float]  # forward, backward, both
 
 
 @dataclass(frozen=True)
 class Column:
     """One implementation of one operator at one shape; seconds of a call, medians.
 
-    seconds       forward, backward, both
     host_seconds  of the host in a forward call on one token, with autograd
-    launches      of the GPU, forward and backward; None on a CPU
-    method        graph replay; events, where it cannot be captured; wall clock, on a CPU
+    launches      on the GPU, forward and backward; None on a CPU
+    method        graph replay; events, if the call cannot be captured; wall clock, on a CPU
     """
 
-    seconds: tuple[float, float, float]
+    seconds: Seconds
     host_seconds: float
     launches: tuple[int, int] | None
     method: str
@@ -50,9 +64,9 @@ class Column:
 
 @dataclass(frozen=True)
 class Point:
-    """One operator at one shape: {implementation: Column or why it is wrong or does not run}."""
+    """One operator at one shape: {implementation: Column, or why it is wrong or does not run}."""
 
-    run: dict
+    run: Run
     op: str
     title: str
     must_move: tuple[float, float]  # bytes, forward and backward
@@ -61,11 +75,11 @@ class Point:
     failed: dict[str, str]
     missing: dict[str, str]
 
-    def to_json(self):
+    def to_json(self) -> dict[str, Any]:
         return {"kind": "ops", **asdict(self)}
 
     @classmethod
-    def from_json(cls, record):
+    def from_json(cls, record: dict[str, Any]) -> "Point":
         columns = {
             name: Column(
                 tuple(c["seconds"]),
@@ -78,132 +92,143 @@ class Point:
         fields = {k: v for k, v in record.items() if k != "kind"}
         return cls(**{**fields, "columns": columns, "must_move": tuple(record["must_move"])})
 
-    def bytes_per_second(self, name):
-        """Of forward and backward."""
+    def bytes_per_second(self, name: str) -> float:
+        """Return the rate of forward and backward together."""
         return sum(self.must_move) / self.columns[name].seconds[2]
 
 
-def measure(cases, shapes, names, repeats, published=None, progress=lambda what, of: None):
-    """Measure every case at every shape in the named implementations; yields a Point each."""
+def measure(
+    cases: Sequence[Case],
+    shapes: Sequence[Shape],
+    names: Sequence[str],
+    repeats: int,
+    published: Path | None = None,
+    progress: ReportProgress = no_progress,
+) -> Iterator[Point]:
+    """Measure every case at every shape in the named implementations; yield a Point for each."""
     keep_freed_memory()
     steps = len(cases) * len(shapes) + 1
     progress("copy bandwidth", steps)
-    copy = copy_bandwidth(shapes[0].device)
+    copy = measure_copy(shapes[0].device)
     for shape, case in itertools.product(shapes, cases):
         progress(f"{case.title}, B {shape.B}, D {shape.D}", steps)
-        yield _point(case, shape, names, repeats, published, copy)
+        yield _measure_point(case, shape, names, repeats, published, copy)
 
 
-def _point(case, shape, names, repeats, published, copy):
+def _measure_point(
+    case: Case,
+    shape: Shape,
+    names: Sequence[str],
+    repeats: int,
+    published: Path | None,
+    copy: float,
+) -> Point:
     torch.compiler.reset()
-    run, failed, functions = describe_run(shape), {}, {}
-    found = {
-        name: implementations.missing(name, case, shape.device, published, shape.segments)
-        for name in names
-    }
+    run, failed, missing, functions = describe_run(shape), {}, {}, {}
     inputs = case.example(shape)
     judge = Judge(case, inputs)
-    for name in (name for name, why in found.items() if why is None):
-        function = implementations.function(name, case, shape.device, published)
-        why = _wrong(judge, name, function)
-        if why is None:
+    for name in names:
+        reason = implementations.missing_reason(name, case, shape.device, published, shape.segments)
+        if reason is not None:
+            missing[name] = reason
+            continue
+        function = implementations.load_function(name, case, shape.device, published)
+        if (error := _find_error(judge, name, function)) is None:
             functions[name] = function
         else:
-            failed[name] = why
-    del judge  # its results in float64 are memory
-    columns = _timed(case, shape, functions, inputs, repeats)
-    described = describe_machine(shape.device, "cpu" if "cpu" in columns else None)
-    return Point(
-        run={**run, **described, "repeats": repeats},
-        op=case.op,
-        title=case.title,
-        must_move=(case.fwd(shape) * shape.pass_bytes, case.bwd(shape) * shape.pass_bytes),
-        copy_bytes_per_second=copy,
-        columns=columns,
-        failed=failed,
-        missing={name: why for name, why in found.items() if why is not None},
-    )
+            failed[name] = error
+    del judge  # its float64 results take memory
+    columns = _time_functions(case, shape, functions, inputs, repeats)
+    run |= describe_machine(shape.device, "cpu" if "cpu" in columns else None)
+    run["repeats"] = repeats
+    moved = case.bytes_to_move(shape)
+    return Point(run, case.op, case.title, moved, copy, columns, failed, missing)
 
 
-def _wrong(judge, name, function):
-    """Why an implementation is not timed: its results are wrong, or it breaks off; else None."""
+def _find_error(judge: Judge, name: str, function: Function) -> str | None:
+    """Return why an implementation is not timed: wrong results or an exception; else None."""
     try:
         judge.require(name, function)
     except Inaccurate as error:
         return str(error)
-    except Exception as error:  # noqa: BLE001  other people's code may raise anything: it is told
+    except Exception as error:  # noqa: BLE001  third-party code may raise anything; it is reported
         return f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
     return None
 
 
-def _timed(case, shape, functions, inputs, repeats):
-    """{name: Column}, the implementations in turn."""
-    if torch.device(shape.device).type == "cuda":
-        return _timed_on_gpu(case, shape, functions, repeats)
+def _time_functions(
+    case: Case, shape: Shape, functions: Mapping[str, Function], inputs: Inputs, repeats: int
+) -> dict[str, Column]:
+    """Return {name: Column}; on a CPU the implementations take turns."""
+    if is_cuda(shape.device):
+        return _time_on_gpu(case, shape, functions, repeats)
     calls = {name: forward_backward(f, *inputs) for name, f in functions.items()}
-    taken = samples(calls, repeats, Timer(shape.device))
-    host = {name: _host_seconds(case, shape, f) for name, f in functions.items()}
+    turns = time_turns(calls, repeats, Timer(shape.device))
+    host = {name: _time_host(case, shape, f) for name, f in functions.items()}
     return {
         name: Column(_medians(pairs), host[name], None, "wall clock")
-        for name, pairs in taken.items()
+        for name, pairs in turns.items()
     }
 
 
-def _medians(pairs):
+def _medians(pairs: Sequence[tuple[float, float]]) -> Seconds:
     forward, backward = zip(*pairs, strict=True)
-    return tuple(map(statistics.median, (forward, backward, map(sum, pairs))))
+    both = map(sum, pairs)
+    return statistics.median(forward), statistics.median(backward), statistics.median(both)
 
 
-def _timed_on_gpu(case, shape, functions, repeats):
-    sets = input_sets(case, shape)
+def _time_on_gpu(
+    case: Case, shape: Shape, functions: Mapping[str, Function], repeats: int
+) -> dict[str, Column]:
+    sets = make_input_sets(case, shape)
     columns = {}
     for name, function in functions.items():
         call = forward_backward(function, *sets[0])
-        host, launches = _host_seconds(case, shape, function), _launches(*call)
+        host, launches = _time_host(case, shape, function), _count_launches(*call)
         timer = Timer(shape.device)
         try:
-            seconds, method = _replayed(function, sets, repeats, timer), "graph replay"
+            seconds, method = _time_replay(function, sets, repeats, timer), "graph replay"
         except RuntimeError as error:
             torch.cuda.synchronize()
             reason = str(error).strip().splitlines()[0]
-            seconds = _medians(samples({name: call}, repeats, timer)[name])
+            seconds = _medians(time_turns({name: call}, repeats, timer)[name])
             method = f"events; not captured: {reason}"
         columns[name] = Column(seconds, host, launches, method)
     return columns
 
 
-def _replayed(function, sets, repeats, timer):
-    first = cotangents_of(function, *sets[0])
+def _time_replay(function: Function, sets: Sequence[Inputs], repeats: int, timer: Timer) -> Seconds:
+    first = make_cotangents(function, *sets[0])
     replay = Replay(function, sets, [[t.clone() for t in first] for _ in sets])
     kinds = (replay.forward, replay.backward, replay.both)
     for kind in kinds:
         kind()
-    return tuple(
+    forward, backward, both = (
         statistics.median(timer(kind)[0] for _ in range(repeats)) / replay.count for kind in kinds
     )
+    return forward, backward, both
 
 
-def _host_seconds(case, shape, function):
-    """Of the host, in a forward call that is recorded for backward, on a token a segment."""
-    least = replace(shape, B=1, segments=(1,) * len(shape.segments))
-    inputs = case.example(least)
-    forward, _ = forward_backward(function, *inputs)
+def _time_host(case: Case, shape: Shape, function: Function) -> float:
+    """Return the host time of a forward call with autograd, on one sample, a token per segment."""
+    smallest = replace(shape, B=1, segments=(1,) * len(shape.segments))
+    forward, _ = forward_backward(function, *case.example(smallest))
     for _ in range(3):
         forward()
-    taken = []
+    seconds = []
     for _ in range(HOST_CALLS):
         start = time.perf_counter()
         forward()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
 
 
-def _launches(forward, backward):
-    """Kernels, copies and fills that a call gives the GPU, forward and backward."""
+def _count_launches(forward: Forward, backward: Backward) -> tuple[int, int]:
+    """Return the kernels, copies and fills that a call launches, forward and backward."""
 
-    def count(call, *args):
+    def count(call: Callable[..., Any], *args: Any) -> tuple[int, Any]:
         torch.cuda.synchronize()
-        with profiler("cuda") as profile:
+        with make_profiler("cuda") as profile:
             result = call(*args)
             torch.cuda.synchronize()
         return sum(e.device_type == DeviceType.CUDA for e in profile.events()), result
@@ -212,13 +237,13 @@ def _launches(forward, backward):
     return launches, count(backward, outputs)[0]
 
 
-def table(points):
-    """A row an operator, shape and implementation."""
+def build_table(points: Sequence[Point]) -> Table:
+    """Return a table of a row per operator, shape and implementation."""
     columns = (
         *("operator", "B x T, D, dtype", "implementation", "fwd us", "bwd us", "both us", "GB/s"),
         *("% of copy", "vs eager", "host us", "launches"),
     )
-    cells = []
+    cells: list[Sequence[str]] = []
     for point in points:
         s = point.run["shape"]
         where = f"{s['B']} x {'+'.join(map(str, s['segments']))}, {s['D']}, {s['dtype']}"
@@ -237,62 +262,66 @@ def table(points):
                 )
             )
         cells += [(point.title, where, n, "failed", *[""] * 7) for n in point.failed]
-    return text_tables.terminal("Operators", columns, cells, notes(points))
+    return text_tables.build_table("Operators", columns, cells, notes(points))
 
 
-def notes(points):
+def notes(points: Sequence[Point]) -> tuple[str, ...]:
     run = points[0].run
     methods = sorted({c.method for p in points for c in p.columns.values()})
-    missing = {f"{name}: {why}" for p in points for name, why in p.missing.items()}
-    failed = {f"{p.op}, {name} failed: {why}" for p in points for name, why in p.failed.items()}
+    missing = {f"{name}: {reason}" for p in points for name, reason in p.missing.items()}
+    failed = {f"{p.op}, {name} failed: {error}" for p in points for name, error in p.failed.items()}
     return (
         f"{run['device']}, {run['threads']} threads, torch {run['torch']}; copy "
         f"{points[0].copy_bytes_per_second / 1e9:,.1f} GB/s; {run['date']}, {run['commit']}",
         f"Medians of {run['repeats']}, {', '.join(methods)}. GB/s of forward and backward on the "
         "bytes that must move; on a CPU they may stay in its cache. Host: a forward call on one "
-        "token a segment, autograd included.",
+        "token per segment, autograd included.",
         *sorted(failed),
         *sorted(missing),
     )
 
 
-def options(p):
+def add_options(parser: argparse.ArgumentParser) -> None:
     defaults = Shape()
-    p.add_argument(
+    cpu, gpu = (" ".join(map(str, BATCHES[kind])) for kind in ("cpu", "cuda"))
+    parser.add_argument(
         "--batch",
         type=opt.positive,
         nargs="+",
-        help=f"samples per call (default: {_several(BATCHES['cpu'])}; "
-        f"on a GPU {_several(BATCHES['cuda'])})",
+        help=f"samples per call (default: {cpu}; on a GPU {gpu})",
     )
-    p.add_argument(
+    parser.add_argument(
         "--tokens",
         type=opt.token_counts,
         nargs="+",
         default=[defaults.segments],
         metavar="N[,N..]",
-        help="tokens of each segment of a sample: 256,64 512,0 takes both (default: 256,64)",
+        help="tokens of each segment of a sample: 256,64 512,0 measures both (default: 256,64)",
     )
-    p.add_argument("--dim", type=_width, nargs="+", default=[defaults.D], help="widths D")
-    p.add_argument("--dtype", choices=DTYPES, nargs="+", default=["bf16"], help="of activations")
-    opt.add_device(p)
-    opt.add_ops(p)
-    p.add_argument(
+    parser.add_argument("--dim", type=_width, nargs="+", default=[defaults.D], help="widths D")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, nargs="+", default=["bf16"], help="dtypes of the activations"
+    )
+    opt.add_device(parser)
+    opt.add_ops(parser)
+    parser.add_argument(
         "--implementation",
         nargs="+",
         choices=implementations.IMPLEMENTATIONS,
         default=implementations.IMPLEMENTATIONS,
         metavar="NAME",
-        help=f"these alone, of {', '.join(implementations.IMPLEMENTATIONS)}",
+        help=f"measure only these, of {', '.join(implementations.IMPLEMENTATIONS)}",
     )
-    implementations.add_published(p)
-    p.add_argument("--repeats", type=opt.positive, default=20, help="timed calls of each")
-    opt.add_json(p)
+    implementations.add_published(parser)
+    parser.add_argument(
+        "--repeats", type=opt.positive, default=20, help="timed calls of each implementation"
+    )
+    opt.add_json(parser)
 
 
-def command(args):
-    opt.writable(args.json)
-    published, device = implementations.published_checkout(args), opt.device(args)
+def run_command(args: argparse.Namespace) -> None:
+    opt.check_writable(args.json)
+    published, device = implementations.chosen_checkout(args), opt.select_device(args)
     batches = args.batch or BATCHES[torch.device(device).type]
     sizes = itertools.product(args.dtype, args.dim, args.tokens, batches)
     shapes = [
@@ -300,26 +329,25 @@ def command(args):
         for dtype, d, t, b in sizes
     ]
     points = []
-    with opt.progress("ops") as progress:
-        cases = opt.chosen(args.op)
+    with opt.show_progress("ops") as progress:
+        cases = opt.chosen_cases(args.op)
         for point in measure(cases, shapes, args.implementation, args.repeats, published, progress):
             points.append(point)
             if args.json:
                 records.append(point.to_json(), args.json)
-    opt.console().print(table(points))
+    opt.make_console().print(build_table(points))
     wrong = [
-        f"{p.op}, {name}: {p.failed[name]}" for p in points for name in OURS if name in p.failed
+        f"{p.op}, {name}: {p.failed[name]}"
+        for p in points
+        for name in FAIL_IF_WRONG
+        if name in p.failed
     ]
     if wrong:
         raise Inaccurate("; ".join(wrong))
 
 
-def _width(text):
+def _width(text: str) -> int:
     d = opt.positive(text)
     if d % HEAD:
         raise argparse.ArgumentTypeError(f"must be a multiple of {HEAD}, got {d}")
     return d
-
-
-def _several(numbers):
-    return " ".join(map(str, numbers))

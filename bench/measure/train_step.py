@@ -1,22 +1,31 @@
-"""Whole optimizer steps of model/: how long they take, and what the time goes to.
+"""Time of whole optimizer steps of model/, and its breakdown.
 
 Implementations (eager, torch.compile, the backends), residuals and checkpointing policies take
-turns in one process, on one model. Then one step of each is profiled, and its time split up.
+turns in one process, on one model. Then one step of each is profiled and its time split up.
 """
 
+import argparse
 import contextlib
+import functools
 import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
+from rich.table import Table
 from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 
+from bench.cases import is_cuda
 from bench.common import options as opt
 from bench.common import records, text_tables
-from bench.common.machine import describe_machine, describe_run, matmul_rate
-from bench.common.timing import Timer, interleaved, no_collection, profiler
+from bench.common.machine import describe_run, measure_matmul
+from bench.common.options import ReportProgress, no_progress
+from bench.common.records import Run
+from bench.common.timing import CallPair, Timer, make_profiler, no_collection, time_interleaved
 from bench.measure import op_ranges, workload
-from bench.measure.op_ranges import Range, labelled, nvtx, record_function, spans
+from bench.measure.op_ranges import CPU_STEPS, NO_TRACING, Range, Tracing
 from bench.measure.workload import COMPILE, COMPILED, EAGER, Workload, compiles
 from model.config import CONTENDERS, RESIDUALS, preset
 from model.train.memory import POLICIES, LiveBytes, plan
@@ -27,16 +36,17 @@ STEP_PARTS = (
     *("communication", "launch gaps"),
 )
 UPDATE = Range("optimizer", "fwd", None)
-TAKES = 3  # profiled steps on a CPU
+
+Variant = tuple[str, str, str]  # residual, implementation, checkpointing
 
 
 @dataclass(frozen=True)
 class StepTiming:
     """One residual in one implementation under one policy; seconds are medians of a step.
 
-    breakdown   {part of a step: seconds}; launch gaps: what the step has beyond the other parts
-    flops       of the model's matrix products and attention, without those computed again
-    peak_bytes  of tensors: on a GPU what PyTorch took; None where it cannot be told
+    breakdown   {part of a step: seconds}; launch gaps: the time of a step beyond the other parts
+    flops       of the model's matrix products and attention, recomputation not counted
+    peak_bytes  of tensors: on a GPU PyTorch's allocations; None if it cannot be counted
     """
 
     residual: str
@@ -51,74 +61,75 @@ class StepTiming:
     peak_bytes: int | None
 
     @property
-    def step(self):
+    def step(self) -> float:
         return self.gradients + self.update
 
 
 @dataclass(frozen=True)
 class Steps:
-    """A run, its rows, and {variant: why it was not timed}."""
+    """A run, its rows, and {variant: the reason why it was not timed}."""
 
-    run: dict
+    run: Run
     rows: list[StepTiming]
     failed: dict[str, str]
 
-    def to_json(self):
+    def to_json(self) -> dict[str, Any]:
         return {"kind": "step", **asdict(self)}
 
     @classmethod
-    def from_json(cls, record):
-        return cls(
-            record["run"], [StepTiming(**row) for row in record["rows"]], record.get("failed", {})
-        )
+    def from_json(cls, record: dict[str, Any]) -> "Steps":
+        rows = [StepTiming(**row) for row in record["rows"]]
+        return cls(record["run"], rows, record.get("failed", {}))
 
 
-def measure(name, overrides, variants, repeats, traced=None, marked=False, progress=None):
-    """Time steps of preset `name`: variants are (residual, implementation, checkpointing).
+def measure(
+    name: str,
+    overrides: dict[str, Any],
+    variants: Sequence[Variant],
+    repeats: int,
+    tracing: Tracing = NO_TRACING,
+    progress: ReportProgress = no_progress,
+) -> Steps:
+    """Time steps of preset `name` in every variant.
 
-    The batch is drawn before and is not in the time. traced: a file for a Chrome trace of the last
-    variant's profiled step; marked: NVTX ranges in the profiled steps.
+    The batch is drawn before and is not in the time. tracing: its file is of the last variant's
+    profiled step.
     """
-    progress = progress or (lambda what, of: None)
-    steps = 2 + len({residual for residual, *_ in variants}) + 2 * len(variants)
+    residuals = dict.fromkeys(residual for residual, *_ in variants)
+    steps = 2 + len(residuals) + 2 * len(variants)
     run, config = describe_run(), preset(name, **overrides)
     workloads = {}
-    for residual in dict.fromkeys(residual for residual, *_ in variants):
+    for residual in residuals:
         progress(f"{residual}: building", steps)
         workloads[residual] = Workload(workload.with_residual(name, overrides, residual))
-    fit, failed = [], {}
+    fitting, failed = [], {}
     for variant in variants:
         progress(f"first step: {', '.join(variant)}", steps)
-        why = _out_of_memory(workloads[variant[0]], *variant[1:])
-        if why:
-            failed[", ".join(variant)] = why
+        if reason := _try_step(workloads[variant[0]], *variant[1:]):
+            failed[", ".join(variant)] = reason
         else:
-            fit.append(variant)
-    if not fit:
+            fitting.append(variant)
+    if not fitting:
         raise RuntimeError(f"no step fits in memory: {'; '.join(failed.values())}; try --batch 1")
     progress("timing", steps)
-    device = next(iter(workloads.values())).device
-    calls = {variant: _calls(workloads[variant[0]], *variant[1:]) for variant in fit}
-    seconds = interleaved(calls, repeats, Timer(device))
+    device = workloads[fitting[0][0]].device
+    calls = {variant: _make_calls(workloads[variant[0]], *variant[1:]) for variant in fitting}
+    seconds = time_interleaved(calls, repeats, Timer(device))
     rows = []
-    for variant in fit:
+    for variant in fitting:
         progress(f"splitting up: {', '.join(variant)}", steps)
-        trace = traced if variant == fit[-1] else None
-        rows.append(_row(workloads[variant[0]], variant, seconds[variant], trace, marked))
+        own = tracing if variant == fitting[-1] else Tracing(None, tracing.nvtx)
+        rows.append(_make_row(workloads[variant[0]], variant, seconds[variant], own))
     progress("matrix product", steps)
-    cpu = any(implementation == "cpu" for _, implementation, _ in fit)
-    run |= {
-        **describe_machine(device, "cpu" if cpu else None),
-        "preset": name,
-        "config": asdict(config),
-        "repeats": repeats,
-        "matmul_flops_per_second": matmul_rate(device, _matmul_dtype(config)),
-    }
+    names = [implementation for _, implementation, _ in fitting]
+    run |= workload.describe_training(name, config, device, names, repeats)
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    run["matmul_flops_per_second"] = measure_matmul(device, dtype)
     return Steps(run, rows, failed)
 
 
-def _out_of_memory(load, implementation, checkpointing):
-    """Why a first step finds no memory, in a line; None when it does."""
+def _try_step(load: Workload, implementation: str, checkpointing: str) -> str | None:
+    """Run a first step; return the error if it runs out of memory, else None."""
     try:
         with load.running(implementation, checkpointing):
             load.step()
@@ -130,38 +141,44 @@ def _out_of_memory(load, implementation, checkpointing):
     return None
 
 
-def _calls(load, implementation, checkpointing):
-    def forward():
+def _make_calls(load: Workload, implementation: str, checkpointing: str) -> CallPair:
+    def forward() -> None:
         with load.running(implementation, checkpointing):
             load.gradients()
 
     return forward, lambda _: load.update()
 
 
-def _row(load, variant, seconds, traced, marked):
+def _make_row(
+    load: Workload, variant: Variant, seconds: tuple[float, float], tracing: Tracing
+) -> StepTiming:
     residual, implementation, checkpointing = variant
     timer = Timer("cpu")
-    loader = statistics.median(timer(lambda i=i: load.draw(i))[0] for i in range(3))
+    loader = statistics.median(timer(functools.partial(load.draw, i))[0] for i in range(3))
     with load.running(implementation, checkpointing):
-        peak = _peak_bytes(load, implementation)
-        parts = _split_up(load, implementation, traced, marked)
+        peak_bytes = _measure_peak(load, implementation)
+        parts = _split_step(load, implementation, tracing)
+    gaps = max(0.0, sum(seconds) - sum(parts.values()))
     return StepTiming(
-        *variant,
-        loader,
-        *seconds,
-        breakdown={**parts, STEP_PARTS[-1]: max(0.0, sum(seconds) - sum(parts.values()))},
-        tokens_per_second=workload.tokens(load.config) / sum(seconds),
+        residual=residual,
+        implementation=implementation,
+        checkpointing=checkpointing,
+        loader=loader,
+        gradients=seconds[0],
+        update=seconds[1],
+        breakdown={**parts, STEP_PARTS[-1]: gaps},
+        tokens_per_second=load.config.batch * sum(load.config.segments) / sum(seconds),
         flops=plan(replace(load.config, checkpointing="none", device="cpu")).flops,
-        peak_bytes=peak,
+        peak_bytes=peak_bytes,
     )
 
 
-def _peak_bytes(load, implementation):
-    """Bytes of tensors at the worst moment of a step, states of the model and optimizer included.
+def _measure_peak(load: Workload, implementation: str) -> int | None:
+    """Return the peak bytes of tensors in a step, states of the model and optimizer included.
 
-    On a CPU counted at PyTorch's dispatcher, which a compiled graph passes by.
+    On a CPU they are counted at PyTorch's dispatcher, which a compiled graph bypasses.
     """
-    if torch.device(load.device).type == "cuda":
+    if is_cuda(load.device):
         torch.cuda.reset_peak_memory_stats(load.device)
         load.step()
         return torch.cuda.max_memory_allocated(load.device)
@@ -174,49 +191,49 @@ def _peak_bytes(load, implementation):
     return live.peak + sum(t.nbytes for t in states)
 
 
-def _split_up(load, implementation, traced, marked):
-    """{part: seconds} of a profiled step, gaps left out: of the least disturbed on a CPU.
+def _split_step(load: Workload, implementation: str, tracing: Tracing) -> dict[str, float]:
+    """Return {part: seconds} of a profiled step without gaps: on a CPU of the fastest of several.
 
-    On a GPU parts are kernels, on a CPU the self time of operations.
+    On a GPU the time is that of kernels, on a CPU the self time of operations.
     """
-    cuda = torch.device(load.device).type == "cuda"
-    span = spans(record_function, *([nvtx] if marked else []))
-    found = []
-    # There are no ranges in compiled code: eager operators in it are pointwise like the rest.
-    ranges_on = contextlib.nullcontext() if compiles(implementation) else labelled(load.model, span)
-    with ranges_on, no_collection():
-        for _ in range(1 if cuda else TAKES):
+    cuda = is_cuda(load.device)
+    span = tracing.with_nvtx(op_ranges.record_function)
+    ranges: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if not compiles(implementation):  # eager operators in compiled code count as pointwise
+        ranges = op_ranges.label_model(load.model, span)
+    splits = []
+    with ranges, no_collection():
+        for _ in range(1 if cuda else CPU_STEPS):
             load.synchronize()
-            with profiler(load.device) as profile:
+            with make_profiler(load.device) as profile:
                 load.gradients()
                 with span(UPDATE):
                     load.update()
                 load.synchronize()
-            found.append(parts_of(profile.events(), cuda))
-    if traced:
-        profile.export_chrome_trace(str(traced))
-    return min(found, key=lambda parts: sum(parts.values()))
+            splits.append(sum_parts(profile.events(), cuda))
+    tracing.export(profile)
+    return min(splits, key=lambda parts: sum(parts.values()))
 
 
-def parts_of(events, cuda):
-    """{part: seconds} of a profiler's events, gaps left out."""
+def sum_parts(events: Iterable[FunctionEvent], cuda: bool) -> dict[str, float]:
+    """Return {part: seconds} of a profiler's events, gaps left out."""
     seconds = dict.fromkeys(STEP_PARTS[:-1], 0.0)
     for event in events:
         if event.device_type != DeviceType.CPU:
             continue
         if cuda:
             own = event.self_device_time_total
-        else:  # what is no operation is Python, autograd's engine or a range: a gap
-            works = "::" in event.name or _INDUCTOR in event.name
-            own = event.self_cpu_time_total if works else 0.0
+        else:  # everything but operations is Python, autograd's engine or a range: a gap
+            is_operation = "::" in event.name or _INDUCTOR in event.name
+            own = event.self_cpu_time_total if is_operation else 0.0
         if own and not event.name.startswith("autograd::"):
-            seconds[_part(event)] += own / 1e6
+            seconds[_part_of(event)] += own / 1e6
     return seconds
 
 
 _INDUCTOR = "CompiledFxGraph"  # the loops that torch.compile wrote, on a CPU
 
-# The first that fits an operation's name; what fits none is pointwise, a reduction or a copy.
+# The first part with a matching name; the rest is pointwise, a reduction or a copy.
 _NAMES = (
     ("operators", ("mvsplit::",)),
     ("attention", ("scaled_dot_product", "flash_attention", "efficient_attention")),
@@ -225,29 +242,18 @@ _NAMES = (
 )
 
 
-def _part(event):
+def _part_of(event: FunctionEvent) -> str:
     for part, names in _NAMES:
         if any(name in event.name for name in names):
             return part
-    around = event
-    while around is not None:
-        of = Range.parse(around.name)
-        if of == UPDATE:
-            return "optimizer"
-        if of is not None and of.name in _backends.OPS:
-            return "operators"
-        if of is not None:
-            return "other pointwise"
-        around = around.cpu_parent
-    return "other pointwise"
+    range_ = op_ranges.innermost_range(event)
+    if range_ == UPDATE:
+        return "optimizer"
+    return "operators" if range_ and range_.name in _backends.OPS else "other pointwise"
 
 
-def _matmul_dtype(config):
-    return torch.float32 if config.precision == "fp32" else torch.bfloat16
-
-
-def table(steps):
-    """A row a variant: its seconds, beside the first of its residual, and what they go to."""
+def build_table(steps: Steps) -> Table:
+    """Return a table of a row per variant: seconds, compared with the first, and rates."""
     columns = (
         *("residual", "implementation", "checkpointing", "loader ms", "gradients", "update"),
         *("step ms", "to the first", "tokens/s", "TFLOP/s", "% matmul", "peak GB"),
@@ -267,11 +273,11 @@ def table(steps):
                 "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.3g}",
             )
         )
-    return text_tables.terminal("One optimizer step", columns, cells, notes(steps))
+    return text_tables.build_table("One optimizer step", columns, cells, notes(steps))
 
 
-def breakdown_table(steps):
-    """A row a variant: percent of its step."""
+def build_breakdown(steps: Steps) -> Table:
+    """Return a table of a row per variant: the percentage of each part of its step."""
     columns = "residual", "implementation", "checkpointing", *STEP_PARTS
     cells = [
         (
@@ -282,85 +288,91 @@ def breakdown_table(steps):
     ]
     gpu = steps.run.get("capability")
     caption = (
-        "Self time of "
-        + ("kernels" if gpu else "operations, which the profiler makes longer,")
-        + " in a profiled step; gaps: what the step above has beyond them. Eager operators that "
-        "are compiled are among the other pointwise work.",
+        f"Self time of {'kernels' if gpu else 'operations, which the profiler makes longer,'} in a "
+        "profiled step; gaps: the time of the step above beyond them. Eager operators that are "
+        "compiled count as other pointwise work.",
     )
-    return text_tables.terminal("What a step goes to", columns, cells, caption)
+    return text_tables.build_table("Breakdown of a step", columns, cells, caption)
 
 
-def notes(steps):
+def notes(steps: Steps) -> tuple[str, ...]:
     run, c = steps.run, steps.run["config"]
     data = "random latents" if c["data"] == "latents" and not c["data_path"] else c["data"]
     return (
-        f"{run['device']}, {run['threads']} threads, torch {run['torch']}; {run['preset']}: "
-        f"{c['depth']} blocks of width {c['dim']}, batch {c['batch']} of {data}, "
-        f"{c['precision']}; {run['date']}, {run['commit']}",
-        f"Medians of {run['repeats']} steps taken in turn, the loader's wait not in them. FLOPs of "
-        "the model's matrix products and attention, those computed again not counted; matmul: "
-        f"{run['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s, measured in this run.",
-        *(f"{variant}: {why}" for variant, why in steps.failed.items()),
+        workload.training_headline(run, f"batch {c['batch']} of {data}"),
+        f"Medians of {run['repeats']} steps taken in turn, without the loader's time. FLOPs: the "
+        "model's matrix products and attention, recomputation not counted; % matmul: of the "
+        f"{run['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s of a matrix product in this run.",
+        *(f"{variant}: {reason}" for variant, reason in steps.failed.items()),
     )
 
 
-def options(p):
-    workload.add_preset(p, "preset")
-    p.add_argument("--blocks", type=opt.positive, help="blocks (default: the preset's)")
-    p.add_argument("--batch", type=opt.positive, help="samples of a step (default: the preset's)")
-    opt.add_device(p)
-    p.add_argument(
-        "--backend",
+def add_options(parser: argparse.ArgumentParser) -> None:
+    workload.add_preset(parser, "preset")
+    parser.add_argument("--blocks", type=opt.positive, help="blocks (default: the preset's)")
+    parser.add_argument(
+        "--batch", type=opt.positive, help="samples of a step (default: the preset's)"
+    )
+    opt.add_device(parser)
+    parser.add_argument(
+        *("--implementation", "--backend"),
         nargs="+",
         default=[],
         metavar="NAME",
         help=f"implementations, of {', '.join(workload.TRAINABLE)} (default: eager, compile "
         "and the backends that run here)",
     )
-    p.add_argument(
+    parser.add_argument(
         "--residual",
         nargs="+",
         default=["mvsplit"],
         metavar="RESIDUAL",
-        help=f"of {', '.join(RESIDUALS)}; {', '.join(CONTENDERS)} start as suits them",
+        help=f"residuals, of {', '.join(RESIDUALS)}; {', '.join(CONTENDERS)} have initial values "
+        "of their own",
     )
-    p.add_argument(
+    parser.add_argument(
         "--checkpointing",
         nargs="+",
         metavar="POLICY",
         help=f"policies for the last implementation: {', '.join(POLICIES)} or k/n (default: those "
-        "four; the others have the preset's)",
+        "four; the other implementations have the preset's)",
     )
-    p.add_argument("--repeats", type=opt.positive, default=5, help="timed steps of each")
-    op_ranges.add_options(p)
-    opt.add_json(p)
+    parser.add_argument("--repeats", type=opt.positive, default=5, help="timed steps per variant")
+    op_ranges.add_tracing(parser)
+    opt.add_json(parser)
 
 
-def command(args):
-    opt.writable(args.json)
-    op_ranges.check_options(args)
-    device = opt.device(args)
+def run_command(args: argparse.Namespace) -> None:
+    opt.check_writable(args.json)
+    tracing = Tracing.from_args(args)
+    device = opt.select_device(args)
     name, overrides = workload.configuration(args, device)
-    fused = workload.fused_by_default(device)
+    fused = workload.default_backends(device)
     default = [EAGER, COMPILE, *(name + COMPILED for name in fused), *fused]
-    names = workload.implementations(args.backend or default, device)
-    variants = _variants(name, overrides, args.residual, names, args.checkpointing or POLICIES)
-    with opt.progress("step") as progress:
-        result = measure(name, overrides, variants, args.repeats, args.trace, args.nvtx, progress)
+    names = workload.check_trainable(args.implementation or default, device)
+    variants = _make_variants(name, overrides, args.residual, names, args.checkpointing or POLICIES)
+    with opt.show_progress("step") as progress:
+        result = measure(name, overrides, variants, args.repeats, tracing, progress)
     if args.json:
         records.append(result.to_json(), args.json)
-    console = opt.console()
-    console.print(table(result))
-    console.print(breakdown_table(result))
+    console = opt.make_console()
+    console.print(build_table(result))
+    console.print(build_breakdown(result))
 
 
-def _variants(name, overrides, residuals, names, policies):
-    """Every implementation under the preset's policy, then the last one under the others."""
+def _make_variants(
+    name: str,
+    overrides: dict[str, Any],
+    residuals: Sequence[str],
+    names: Sequence[str],
+    policies: Sequence[str],
+) -> list[Variant]:
+    """Return every implementation under the preset's policy, then the last under the others."""
     own = preset(name, **overrides).checkpointing
-    for policy in policies:  # a policy that is none is refused before anything is built
+    for policy in policies:  # an unknown policy is refused before anything is built
         preset(name, **{**overrides, "checkpointing": policy})
-    found = []
+    variants = []
     for residual in residuals:
-        found += [(residual, implementation, own) for implementation in names]
-        found += [(residual, names[-1], policy) for policy in policies]
-    return list(dict.fromkeys(found))
+        variants += [(residual, implementation, own) for implementation in names]
+        variants += [(residual, names[-1], policy) for policy in policies]
+    return list(dict.fromkeys(variants))

@@ -1,12 +1,18 @@
-"""What is trained while it is measured: a preset's model, its optimizer and one batch."""
+"""The training workload of the benchmarks: a preset's model, its optimizer and one batch."""
 
+import argparse
 import contextlib
 import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 
 import mvsplit_ops as mv
-from model.config import CONTENDERS, PRESETS, RESIDUALS, parse_overrides, preset
+from bench.cases import is_cuda
+from bench.common.machine import describe_machine
+from bench.common.records import Run
+from model.config import CONTENDERS, PRESETS, RESIDUALS, Config, parse_overrides, preset
 from model.data import open_dataset
 from model.nn.dit import build
 from model.train.heap import keep_freed_memory
@@ -14,23 +20,24 @@ from model.train.optim import make_optimizer
 from model.train.step import Batch, draw_batch, gradient_norm, gradients, prepare, update
 from mvsplit_ops import _backends
 
-EAGER = "eager"  # the backend `reference`, and nothing compiled
-COMPILE = "compile"  # `reference` with every block given to torch.compile
-_FUSED = [b for b in _backends.BACKENDS if b != "reference"]
+EAGER = "eager"  # the backend `reference`, nothing compiled
+COMPILE = "compile"  # `reference`, with every block given to torch.compile
 COMPILED = "+compile"  # a backend's operators within blocks given to torch.compile
+_FUSED = [b for b in _backends.BACKENDS if b != "reference"]
 TRAINABLE = (EAGER, COMPILE, *_FUSED, *(b + COMPILED for b in _FUSED))
 
 
-def add_preset(p, name="--preset"):
-    """The options that say what is trained."""
-    p.add_argument(
+def add_preset(parser: argparse._ActionsContainer, name: str = "--preset") -> None:
+    """Add the options that choose the model."""
+    parser.add_argument(
         name,
         choices=PRESETS,
         metavar="PRESET",
         nargs=None if name.startswith("-") else "?",
-        help=f"of {', '.join(PRESETS)} (default: {_default('cpu')}, on a GPU {_default('cuda')})",
+        help=f"one of {', '.join(PRESETS)} (default: {_default_preset('cpu')}, "
+        f"on a GPU {_default_preset('cuda')})",
     )
-    p.add_argument(
+    parser.add_argument(
         "--set",
         nargs="+",
         default=[],
@@ -40,44 +47,44 @@ def add_preset(p, name="--preset"):
     )
 
 
-def configuration(args, device):
-    """(the preset's name, what of it is overridden) of the options."""
-    name = args.preset or _default(device)
+def configuration(args: argparse.Namespace, device: str) -> tuple[str, dict[str, Any]]:
+    """Return the name of the preset and the overridden fields."""
+    name = args.preset or _default_preset(device)
     overrides = {"device": device, "probes": False, "data_path": "", **parse_overrides(args.set)}
     if args.threads:
         overrides["threads"] = args.threads
     if args.blocks:
         overrides["depth"] = args.blocks
-    of = preset(name, **overrides)
-    batch = args.batch or of.micro_batch or of.batch  # one micro-batch: the paper's step
+    config = preset(name, **overrides)
+    batch = args.batch or config.micro_batch or config.batch  # one micro-batch: the paper's step
     return name, {**overrides, "batch": batch, "micro_batch": 0}
 
 
-def _default(device):
+def _default_preset(device: str) -> str:
     return "collapse100" if device == "cpu" else "dit400-mvsplit"
 
 
-def with_residual(name, overrides, residual):
-    """The configuration of a preset with a residual, and with the start that suits it."""
+def with_residual(name: str, overrides: dict[str, Any], residual: str) -> Config:
+    """Return the configuration of a preset with a residual and the initial values that suit it."""
     if residual not in RESIDUALS:
-        raise ValueError(f"--residual: no {residual!r}; there are: {', '.join(RESIDUALS)}")
+        raise ValueError(f"--residual: must be one of {', '.join(RESIDUALS)}, got {residual!r}")
     return preset(name, **{**CONTENDERS.get(residual, {}), **overrides, "residual": residual})
 
 
 class Workload:
-    """A model with its optimizer on a device, and a batch that stays the same."""
+    """A model with its optimizer on a device, and a batch that does not change."""
 
-    def __init__(self, config):
+    def __init__(self, config: Config) -> None:
         self.config, self.device = config, prepare(config)
-        keep_freed_memory()  # here time counts, for every implementation alike
+        keep_freed_memory()  # a benchmark measures time, for every implementation alike
         self.model = build(config, self.device)
         self.optimizer = make_optimizer(self.model, config)
-        self.dataset = None if _random(config) else open_dataset(config)
+        self.dataset = None if _has_random_latents(config) else open_dataset(config)
         self.batch = self.draw(0)
-        self._compiled = None
+        self._compiled: torch.nn.ModuleList | None = None
 
-    def draw(self, step):
-        """A batch: the data's, or random latents where the configuration names no folder."""
+    def draw(self, step: int) -> Batch:
+        """Return a batch of the data, or of random latents if the configuration has no folder."""
         if self.dataset is not None:
             return draw_batch(self.config, self.dataset, step)
         c, generator = self.config, torch.Generator().manual_seed(step)
@@ -86,26 +93,26 @@ class Workload:
         text = torch.randn(c.batch, c.text_tokens, c.text_dim, generator=generator)
         return Batch(x0, x1, torch.rand(c.batch, generator=generator), text)
 
-    def gradients(self):
-        return gradients(self.config, self.model, self.batch, self.device)
+    def gradients(self) -> None:
+        gradients(self.config, self.model, self.batch, self.device)
 
-    def update(self):
-        """The norm of the gradients, clipping and AdamW."""
+    def update(self) -> None:
+        """Take the norm of the gradients, clip them and update with AdamW."""
         update(self.config, 0, self.optimizer, gradient_norm(self.optimizer))
 
-    def step(self):
+    def step(self) -> None:
         self.gradients()
         self.update()
 
-    def synchronize(self):
-        if torch.device(self.device).type == "cuda":
+    def synchronize(self) -> None:
+        if is_cuda(self.device):
             torch.cuda.synchronize(self.device)
 
     @contextlib.contextmanager
-    def running(self, implementation, checkpointing=None):
-        """Within the block the model runs as one of TRAINABLE.
+    def running(self, implementation: str, checkpointing: str | None = None) -> Iterator[None]:
+        """Run the model as one of TRAINABLE within the block.
 
-        One model serves them all, so that the largest fits: the weights are the same.
+        One model serves all of them, so that the largest fits: the weights are the same.
         """
         model, blocks, config = self.model, self.model.blocks, self.model.config
         if compiles(implementation):
@@ -114,58 +121,76 @@ class Workload:
             config, checkpointing=checkpointing or config.checkpointing
         )
         try:
-            with mv.use_backend(_backend(implementation)):
+            with mv.use_backend(_backend_of(implementation)):
                 yield
         finally:
             model.blocks, model.config = blocks, config
 
-    def _compiled_blocks(self):
+    def _compiled_blocks(self) -> torch.nn.ModuleList:
         if self._compiled is None:
-            self._compiled = torch.nn.ModuleList(map(torch.compile, self.model.blocks))
+            blocks = (cast("torch.nn.Module", torch.compile(b)) for b in self.model.blocks)
+            self._compiled = torch.nn.ModuleList(blocks)
         return self._compiled
 
 
-def compiles(implementation):
-    """Does it give blocks to torch.compile?"""
+def compiles(implementation: str) -> bool:
+    """Return whether an implementation gives blocks to torch.compile."""
     return implementation.endswith(COMPILE)
 
 
-def _backend(implementation):
+def _backend_of(implementation: str) -> str:
     if implementation in (EAGER, COMPILE):
         return "reference"
     return implementation.removesuffix(COMPILED)
 
 
-def implementations(names, device):
-    """The names, each of which can train here; ValueError or RuntimeError for one that cannot."""
+def check_trainable(names: Sequence[str], device: str) -> list[str]:
+    """Return the names without duplicates; ValueError or RuntimeError if one cannot train here."""
     names = [EAGER if name == "reference" else name for name in names]
+    kind = torch.device(device).type
     for name in names:
         if name not in TRAINABLE:
             known = ", ".join(TRAINABLE)
-            raise ValueError(f"no implementation {name!r}; there are: {known}")
-        if _backend(name) != "reference":
-            kind = torch.device(device).type
-            _backends.kernel(_backend(name), "swiglu", "_fwd", kind)
-            if kind == "cpu" and _backend(name) != "cpu":
+            raise ValueError(f"implementation must be one of {known}, got {name!r}")
+        backend = _backend_of(name)
+        if backend != "reference":
+            _backends.kernel(backend, "swiglu", "_fwd", kind)
+            if kind == "cpu" and backend != "cpu":
                 raise RuntimeError(
-                    f"{name} only emulates its kernels on a CPU, and there is nothing to time; "
+                    f"{name} only emulates its kernels on a CPU, so there is nothing to time; "
                     "count their bytes with python -m bench traffic"
                 )
     return list(dict.fromkeys(names))
 
 
-def fused_by_default(device):
-    """The backends that a comparison has where none is named: those that run on the device."""
+def default_backends(device: str) -> list[str]:
+    """Return the backends that are compared if none is named: those that run on the device."""
     kind = torch.device(device).type
-    found = ("cpu",) if kind == "cpu" else ("triton", "cuda")
-    return [b for b in found if _backends.missing(b, "swiglu", kind) is None]
+    candidates = ("cpu",) if kind == "cpu" else ("triton", "cuda")
+    return [b for b in candidates if _backends.missing(b, "swiglu", kind) is None]
 
 
-def _random(config):
-    """Latents that are in no folder are random numbers."""
+def _has_random_latents(config: Config) -> bool:
     return config.data == "latents" and not config.data_path
 
 
-def tokens(config):
-    """Tokens of a step."""
-    return config.batch * sum(config.segments)
+def describe_training(
+    name: str, config: Config, device: str, implementations: Sequence[str], repeats: int
+) -> Run:
+    """Return the machine and the settings of measured training steps."""
+    return {
+        **describe_machine(device, "cpu" if "cpu" in implementations else None),
+        "preset": name,
+        "config": dataclasses.asdict(config),
+        "repeats": repeats,
+    }
+
+
+def training_headline(run: Run, *details: str) -> str:
+    """Return machine, preset and details of measured training steps, in one line."""
+    c = run["config"]
+    settings = ", ".join((f"{c['depth']} blocks of width {c['dim']}", *details, c["precision"]))
+    return (
+        f"{run['device']}, {run['threads']} threads, torch {run['torch']}; {run['preset']}: "
+        f"{settings}; {run['date']}, {run['commit']}"
+    )

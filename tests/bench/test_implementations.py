@@ -1,3 +1,5 @@
+"""Every implementation of an operator: its adapter is accurate, its absence has a reason."""
+
 import importlib.metadata
 import sys
 import textwrap
@@ -10,12 +12,12 @@ from bench.cases import CASES, Shape
 from bench.common.accuracy import Inaccurate, require_case
 from bench.measure import implementations
 from bench.static import traffic, triton_interpreter
-from bench.static.traffic import Traffic
+from bench.static.byte_counter import ByteCounter
 
 BY_NAME = {case.op: case for case in CASES}
 SMALL = Shape(B=2, segments=(5, 3), D=32, H=2, F=24, dtype=torch.float32)
 
-# Stand-ins in float64: each has the interface, the layout and the sign of the real one.
+# Stand-ins in float64 with the interface, the layout and the sign of the real operators.
 ROTATE = """
     def rotate(x, cos, sin):
         x1, x2 = x.double().chunk(2, -1)
@@ -130,7 +132,7 @@ def published(tmp_path_factory):
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
-    """Both packages, importable; gives their versions, which a test may change."""
+    """Make both packages importable; yield their versions, which a test may change."""
     write(
         tmp_path,
         {
@@ -141,7 +143,7 @@ def installed(tmp_path, monkeypatch):
         },
     )
     monkeypatch.syspath_prepend(tmp_path)
-    versions = {package: read for package, read in implementations.PACKAGES.values()}
+    versions = {package: oldest for package, oldest in implementations.PACKAGES.values()}
 
     def version(package):
         if package not in versions:
@@ -167,120 +169,132 @@ OFFERED = [(name, op) for name, ops in implementations.PEERS.items() for op in o
 
 
 @pytest.mark.parametrize("name, op", OFFERED)
-def test_an_adapter_computes_the_operator_and_leaves_its_inputs(name, op, published, installed):
+def test_an_adapter_is_accurate_and_does_not_change_its_inputs(name, op, published, installed):
     case = BY_NAME[op]
     inputs = inputs_of(case)
-    function = implementations.function(name, case, "cpu", published)
+    function = implementations.load_function(name, case, "cpu", published)
     require_case(case, name, function, inputs)
-    for now, before in zip(inputs[0] + inputs[1], sum(inputs_of(case)[:2], ()), strict=True):
-        assert torch.equal(now, before)
+    for t, original in zip(inputs[0] + inputs[1], sum(inputs_of(case)[:2], ()), strict=True):
+        assert torch.equal(t, original)
 
 
-def test_a_wrong_peer_is_told_from_a_right_one(installed, monkeypatch):
+def test_a_wrong_peer_is_inaccurate(installed, monkeypatch):
     import liger_kernel.ops as ops
 
     monkeypatch.setattr(ops, "rotate", lambda x, cos, sin: x.clone())
     case = BY_NAME["rope"]
     with pytest.raises(Inaccurate, match="rope, liger, result 0"):
-        require_case(case, "liger", implementations.function("liger", case, "cpu"), inputs_of(case))
+        require_case(
+            case, "liger", implementations.load_function("liger", case, "cpu"), inputs_of(case)
+        )
 
 
 @pytest.mark.parametrize("name", ["eager", "compile", "cpu"])
-def test_what_runs_on_a_cpu_is_not_missing_there(name):
+def test_cpu_implementations_are_not_missing_on_a_cpu(name):
     for case in CASES:
-        assert implementations.missing(name, case, "cpu") is None
+        assert implementations.missing_reason(name, case, "cpu") is None
     case = BY_NAME["swiglu"]
-    require_case(case, name, implementations.function(name, case, "cpu"), inputs_of(case))
+    require_case(case, name, implementations.load_function(name, case, "cpu"), inputs_of(case))
 
 
 @pytest.mark.parametrize("name", implementations.NEED_CUDA)
-def test_kernels_of_a_gpu_are_missing_on_a_cpu(name, published):
-    why = implementations.missing(name, BY_NAME["rope"], "cpu", published)
-    assert why == "it needs a CUDA device: on cpu there is nothing of it to time"
+def test_gpu_implementations_are_missing_on_a_cpu(name, published):
+    reason = implementations.missing_reason(name, BY_NAME["rope"], "cpu", published)
+    assert reason == "it needs a CUDA device: on cpu there is nothing to time"
 
 
 def test_the_cpu_backend_is_missing_on_a_gpu():
-    assert "cpu" in implementations.missing("cpu", BY_NAME["mvsplit_rmsnorm_with_mean"], "cuda")
+    assert "cpu" in implementations.missing_reason(
+        "cpu", BY_NAME["mvsplit_rmsnorm_with_mean"], "cuda"
+    )
 
 
 @pytest.mark.parametrize("name, op", OFFERED)
-def test_a_peer_that_is_there_is_not_missing_on_a_gpu(name, op, published, installed):
-    assert implementations.missing(name, BY_NAME[op], "cuda:0", published) is None
+def test_an_installed_peer_is_not_missing_on_a_gpu(name, op, published, installed):
+    assert implementations.missing_reason(name, BY_NAME[op], "cuda:0", published) is None
 
 
 @pytest.mark.parametrize("name", implementations.PACKAGES)
-def test_a_package_that_is_absent_or_old_is_named_with_its_remedy(name, installed):
-    package, read = implementations.PACKAGES[name]
+def test_the_reason_for_an_absent_or_old_package_has_the_remedy(name, installed):
+    package, oldest = implementations.PACKAGES[name]
     installed[package] = "0.0.9"
-    remedy = f"run pip install '{package}>={read}'"
+    remedy = f"run pip install '{package}>={oldest}'"
     case = BY_NAME["rope"]
     assert (
-        implementations.missing(name, case, "cuda")
-        == f"{package} 0.0.9 is older than {read}; {remedy}"
+        implementations.missing_reason(name, case, "cuda")
+        == f"{package} 0.0.9 is older than {oldest}; {remedy}"
     )
     del installed[package]
-    assert implementations.missing(name, case, "cuda") == f"{package} is not installed; {remedy}"
-    with pytest.raises(RuntimeError, match="'.*' cannot run on cuda: .* is not installed"):
-        implementations.function(name, case, "cuda")
-
-
-def test_a_package_whose_own_needs_are_not_met_is_missing(installed, monkeypatch):
-    monkeypatch.setitem(sys.modules, "quack", None)
-    why = implementations.missing("quack", BY_NAME["qk_norm"], "cuda")
-    assert why.startswith("it cannot be imported (ModuleNotFoundError: ")
-    assert why.endswith("run pip install 'quack-kernels>=0.6.5'")
-
-
-def test_operators_that_a_library_lacks_are_missing_wherever_it_runs(published):
-    swiglu, residual = BY_NAME["swiglu"], BY_NAME["residual_rmsnorm"]
-    assert "epilogue" in implementations.missing("quack", swiglu, "cuda")
-    assert "no scale" in implementations.missing("liger", residual, "cpu")
     assert (
-        implementations.missing("published", residual, "cuda", published)
+        implementations.missing_reason(name, case, "cuda")
+        == f"{package} is not installed; {remedy}"
+    )
+    with pytest.raises(RuntimeError, match="'.*' cannot run on cuda: .* is not installed"):
+        implementations.load_function(name, case, "cuda")
+
+
+def test_a_package_that_cannot_be_imported_is_missing(installed, monkeypatch):
+    monkeypatch.setitem(sys.modules, "quack", None)
+    reason = implementations.missing_reason("quack", BY_NAME["qk_norm"], "cuda")
+    assert reason.startswith("it cannot be imported (ModuleNotFoundError: ")
+    assert reason.endswith("run pip install 'quack-kernels>=0.6.5'")
+
+
+def test_operators_that_a_library_lacks_are_missing_on_every_device(published):
+    swiglu, residual = BY_NAME["swiglu"], BY_NAME["residual_rmsnorm"]
+    assert "epilogue" in implementations.missing_reason("quack", swiglu, "cuda")
+    assert "no scale" in implementations.missing_reason("liger", residual, "cpu")
+    assert (
+        implementations.missing_reason("published", residual, "cuda", published)
         == "it has no LayerScale + RMSNorm"
     )
     with pytest.raises(RuntimeError, match="residual_rmsnorm: 'quack' cannot run on cpu"):
-        implementations.function("quack", residual, "cpu")
+        implementations.load_function("quack", residual, "cpu")
 
 
 def test_the_published_merge_takes_one_or_two_segments(published):
     case = BY_NAME["mvsplit_rmsnorm"]
-    why = "its MV-Split takes one or two segments, not 3"
-    assert implementations.missing("published", case, "cuda", published, segments=(1, 2, 3)) == why
-    function = implementations.function("published", case, "cpu", published)
-    with pytest.raises(ValueError, match="published: " + why):
+    reason = "its MV-Split takes one or two segments, not 3"
+    assert (
+        implementations.missing_reason("published", case, "cuda", published, segments=(1, 2, 3))
+        == reason
+    )
+    function = implementations.load_function("published", case, "cpu", published)
+    with pytest.raises(ValueError, match="published: " + reason):
         function(*inputs_of(case, Shape(B=1, segments=(2, 3, 1), D=8)))
     one = Shape(B=2, segments=(6,), D=16, dtype=torch.float32)
     require_case(case, "published", function, inputs_of(case, one))
 
 
-def test_a_folder_that_is_no_checkout_is_told_with_the_file_expected(tmp_path):
+def test_the_reason_for_a_wrong_checkout_names_the_expected_file(tmp_path):
     write(tmp_path, {"kernels/_common.py": ""})
     case = BY_NAME["swiglu"]
-    assert "expected kernels/rope.py in it" in implementations.missing(
+    assert "expected kernels/rope.py in it" in implementations.missing_reason(
         "published", case, "cuda", tmp_path
     )
-    assert "pass its folder with --published" in implementations.missing("published", case, "cuda")
-    with pytest.raises(RuntimeError, match="is no checkout of erwold/mv-split"):
+    assert "pass its folder with --published" in implementations.missing_reason(
+        "published", case, "cuda"
+    )
+    with pytest.raises(RuntimeError, match="is not a checkout of erwold/mv-split"):
         traffic.measure(SMALL, cases=[case], published=tmp_path)
 
 
-def test_a_checkout_is_loaded_in_no_ones_way(published, monkeypatch):
-    implementations._published.cache_clear()
-    theirs = {name: types.ModuleType(name) for name in ("kernels", "kernels.layer")}
-    for name, module in theirs.items():
+def test_loading_a_checkout_does_not_change_sys_modules(published, monkeypatch):
+    implementations._published_module.cache_clear()
+    installed = {name: types.ModuleType(name) for name in ("kernels", "kernels.layer")}
+    for name, module in installed.items():
         monkeypatch.setitem(sys.modules, name, module)
     path = list(sys.path)
-    implementations.function("published", BY_NAME["rope_qk_norm"], "cpu", published)
-    named = {n: m for n, m in sys.modules.items() if n.split(".")[0] == "kernels"}
-    assert named == theirs and sys.path == path
+    implementations.load_function("published", BY_NAME["rope_qk_norm"], "cpu", published)
+    kernels = {n: m for n, m in sys.modules.items() if n.split(".")[0] == "kernels"}
+    assert kernels == installed and sys.path == path
 
 
-def test_a_name_that_is_none_is_answered_with_those_there_are():
+def test_the_error_for_an_unknown_name_lists_the_implementations():
     with pytest.raises(ValueError, match="eager, compile, cpu, triton, cuda, liger, quack, publ"):
-        implementations.missing("fused", BY_NAME["rope"], "cpu")
+        implementations.missing_reason("fused", BY_NAME["rope"], "cpu")
     with pytest.raises(ValueError, match="got 'apex'"):
-        implementations.function("apex", BY_NAME["rope"], "cpu")
+        implementations.load_function("apex", BY_NAME["rope"], "cpu")
 
 
 COPIES = """
@@ -326,12 +340,12 @@ def test_published_kernels_and_their_pytorch_operations_are_counted(tmp_path):
     assert [(row.op, row.direction) for row in rows] == [("swiglu", "fwd"), ("swiglu", "bwd")]
     n = SMALL.B * SMALL.T * SMALL.F * 4
     got = traffic.count(cases[0], "published", inputs_of(cases[0]), tmp_path)
-    assert got["fwd"] == Traffic(read=n, written=n, launches=1, tensors=3 * n)
-    assert got["bwd"] == Traffic(read=3 * n, written=3 * n, launches=2, tensors=5 * n)
+    assert got["fwd"] == ByteCounter(read=n, written=n, launches=1, tensors=3 * n)
+    assert got["bwd"] == ByteCounter(read=3 * n, written=3 * n, launches=2, tensors=5 * n)
     assert rows[0].read == n / SMALL.pass_bytes and rows[1].launches == 2
 
 
-def test_tables_in_the_published_sign_are_made_once_and_not_counted(published):
+def test_negated_tables_are_made_once_and_not_counted(published):
     case, inputs = BY_NAME["rope"], inputs_of(BY_NAME["rope"])
     first, again = (traffic.count(case, "published", inputs, published) for _ in range(2))
     assert first == again

@@ -1,3 +1,5 @@
+"""The operator profile: its measurement, its table, its command."""
+
 import dataclasses
 import json
 import pathlib
@@ -11,8 +13,8 @@ from bench import __main__ as cli
 from bench.cases import PROFILE, Shape
 from bench.common import records
 from bench.common.accuracy import Inaccurate
-from bench.common.machine import copy_bandwidth
-from bench.common.timing import Timer, interleaved
+from bench.common.machine import measure_copy
+from bench.common.timing import Timer, time_interleaved
 from bench.measure import profile
 from bench.measure.profile import OperatorTiming, Profile
 from bench.static import cuda_emulator
@@ -23,8 +25,8 @@ TINY = Shape(B=2, segments=(9, 4), D=64, H=4, F=24)
 
 def row(**changes):
     seconds = {"eager": (4e-3, 8e-3), "compile": (2e-3, 4e-3), "fused": (1e-3, 2e-3)}
-    made = OperatorTiming("swiglu", "SwiGLU", None, 700, 400, seconds, (2e6, 5e6))
-    return dataclasses.replace(made, **changes)
+    timing = OperatorTiming("swiglu", "SwiGLU", None, 700, 400, seconds, (2e6, 5e6))
+    return dataclasses.replace(timing, **changes)
 
 
 def a_profile(rows):
@@ -44,14 +46,14 @@ def a_profile(rows):
     return Profile(run, 1e10, rows)
 
 
-def test_a_step_is_calls_times_seconds():
+def test_the_time_of_a_step_is_calls_times_seconds():
     assert row().ms_per_step("eager") == pytest.approx(700 * 4 + 400 * 8)
     assert row().ms_per_step("fused") == pytest.approx(700 * 1 + 400 * 2)
     moved = 700 * 2e6 + 400 * 5e6
     assert row().bytes_per_second("fused") == pytest.approx(moved / 1.5)
 
 
-def test_the_total_counts_what_replaces_two_once():
+def test_the_total_leaves_out_replaced_operators():
     rows = [row(part_of="fused"), row(part_of="fused"), row(op="fused"), row(op="other")]
     assert a_profile(rows).total(lambda r: 1) == 2
     *_, total = profile.cells(a_profile(rows))
@@ -59,7 +61,7 @@ def test_the_total_counts_what_replaces_two_once():
     assert total[7:9] == ("4.00x", "2.00x")
 
 
-def test_a_record_survives_its_file(tmp_path):
+def test_records_are_equal_after_a_round_trip(tmp_path):
     file = tmp_path / "runs.jsonl"
     first = a_profile([row()])
     records.append(first.to_json(), file)
@@ -68,7 +70,7 @@ def test_a_record_survives_its_file(tmp_path):
     assert read[0] == first and read[1].rows[0].op == "b"
 
 
-def test_measure_times_every_operator_once_it_is_right():
+def test_measure_times_every_operator():
     steps = []
     result = profile.measure(TINY, blocks=8, repeats=2, progress=lambda *s: steps.append(s))
     assert [r.op for r in result.rows] == [case.op for case in PROFILE]
@@ -85,12 +87,12 @@ def test_a_wrong_operator_is_not_timed(monkeypatch):
         return lambda *inputs: tuple(1.1 * t for t in right(*inputs))
 
     monkeypatch.setattr(type(PROFILE[0]), "fused", fused)
-    monkeypatch.setattr(profile, "interleaved", lambda *args: pytest.fail("timed"))
+    monkeypatch.setattr(profile, "time_interleaved", lambda *args: pytest.fail("timed"))
     with pytest.raises(Inaccurate, match="rope, fused, result 0"):
         profile.measure(TINY, repeats=1)
 
 
-def test_interleaved_takes_turns_and_medians():
+def test_implementations_take_turns_and_medians_are_returned():
     order, clock = [], iter(range(1000))
 
     def timer(f):
@@ -100,18 +102,18 @@ def test_interleaved_takes_turns_and_medians():
         name: (lambda n=name: order.append(n) or n, lambda got, n=name: order.append((n, got)))
         for name in "ab"
     }
-    medians = interleaved(calls, 5, timer)
+    medians = time_interleaved(calls, 5, timer)
     assert order == ["a", ("a", "a"), "b", ("b", "b")] * 6  # one of them to warm up
     assert medians["a"] == (12, 13)
 
 
-def test_timer_and_bandwidth_are_positive():
+def test_times_and_bandwidth_are_positive():
     seconds, result = Timer("cpu")(lambda: 7)
     assert seconds > 0 and result == 7
-    assert copy_bandwidth("cpu", megabytes=4, repeats=3) > 1e6
+    assert measure_copy("cpu", megabytes=4, repeats=3) > 1e6
 
 
-def test_the_command(tmp_path, monkeypatch, capsys):
+def test_the_command_prints_and_records(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(profile, "measure", lambda shape, *rest: a_profile([row()]))
     out = tmp_path / "p.jsonl"
     assert cli.main(["profile", "--json", str(out), "--tokens", "8,2", "--dtype", "fp32"]) == 0
@@ -131,7 +133,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     ],
     ids=["json", "no such device", "device", "backend", "interpreted"],
 )
-def test_what_cannot_be_done_is_one_line_and_exit_code_2(args, message, capsys):
+def test_an_error_is_one_line_and_exit_code_2(args, message, capsys):
     with cuda_emulator.absent():
         assert cli.main(["profile", *args]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -155,10 +157,11 @@ def test_help_names_the_options():
 
 
 def test_torch_threads_are_an_option(monkeypatch, threads):
-    seen = []
+    threads_used = []
     monkeypatch.setattr(
-        profile, "measure", lambda *a: seen.append(torch.get_num_threads()) or a_profile([])
+        profile, "measure", lambda *a: threads_used.append(torch.get_num_threads()) or a_profile([])
     )
     monkeypatch.setattr(profile, "print_table", lambda *a: None)
-    assert cli.main(["profile", "--threads", "1"]) == 0 and seen == [1]
+    assert cli.main(["profile", "--threads", "1"]) == 0
+    assert threads_used == [1]
     threads(2)

@@ -1,4 +1,4 @@
-"""pytest bench --benchmark-only: it keeps a run, and fails where a later one is slower."""
+"""pytest bench --benchmark-only: it saves a run, and fails if a later one is slower."""
 
 import json
 import os
@@ -10,20 +10,12 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
 def pytest_bench(store, *options):
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "bench",
-        "--benchmark-only",
-        "-p",
-        "no:cacheprovider",
-    ]
-    command += ["-k", "residual_rmsnorm and cpu and backward", f"--benchmark-storage={store}"]
-    # A worker of xdist tells its children so, and they would not time anything.
-    alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    command += options
-    return subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only"]
+    command += ["-p", "no:cacheprovider", f"--benchmark-storage={store}"]
+    command += ["-k", "residual_rmsnorm and cpu and backward", *options]
+    # Variables of an xdist worker would disable the benchmark in its child processes.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def test_a_call_that_is_slower_than_the_saved_run_fails(tmp_path):
@@ -43,6 +35,6 @@ def test_a_call_that_is_slower_than_the_saved_run_fails(tmp_path):
 
 def test_every_backend_that_runs_here_is_timed_forward_and_backward():
     command = [sys.executable, "-m", "pytest", "bench", "--collect-only"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
     for name in ("swiglu-cpu-forward", "swiglu-eager-backward", "mvsplit_rmsnorm-cpu-backward"):
-        assert f"[{name}]" in found
+        assert f"[{name}]" in output

@@ -1,4 +1,4 @@
-"""The sweep over operators, shapes and implementations; what is wrong, missing or interrupted."""
+"""The sweep over operators, shapes and implementations: wrong, missing and interrupted ones."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ def measured(names, op="swiglu", **changes):
     return list(sweep.measure([BY_NAME[op]], [TINY], names, 2, **changes))
 
 
-def test_every_implementation_that_runs_is_timed_and_the_others_say_why_not():
+def test_implementations_are_timed_or_have_a_reason():
     (point,) = measured(["eager", "cpu", "liger", "published"])
     assert set(point.columns) == {"eager", "cpu"} and not point.failed
     for column in point.columns.values():
@@ -34,30 +34,29 @@ def test_every_implementation_that_runs_is_timed_and_the_others_say_why_not():
     assert point.must_move == moved
 
 
-def test_a_record_survives_its_file():
+def test_a_record_is_equal_after_a_round_trip():
     (point,) = measured(["eager"])
     assert Point.from_json(json.loads(json.dumps(point.to_json()))) == point
     assert point.to_json()["kind"] == "ops"
 
 
 @contextlib.contextmanager
-def wrong(monkeypatch, name, break_it):
-    right, missing = implementations.function, implementations.missing
+def replaced(monkeypatch, replaced_name, replace):
+    """One implementation is eager code, changed by `replace`."""
+    load, missing_reason = implementations.load_function, implementations.missing_reason
 
-    def function(asked, case, *rest):
-        found = right("eager" if asked == name else asked, case, *rest)
-        return break_it(found) if asked == name else found
+    def load_replaced(name, case, *rest):
+        return replace(case.reference) if name == replaced_name else load(name, case, *rest)
 
-    monkeypatch.setattr(implementations, "function", function)
-    monkeypatch.setattr(
-        implementations,
-        "missing",
-        lambda asked, *rest: None if asked == name else missing(asked, *rest),
-    )
+    def no_reason(name, *rest):
+        return None if name == replaced_name else missing_reason(name, *rest)
+
+    monkeypatch.setattr(implementations, "load_function", load_replaced)
+    monkeypatch.setattr(implementations, "missing_reason", no_reason)
     yield
 
 
-def off(function):
+def inaccurate(function):
     return lambda *inputs: tuple(1.1 * t for t in function(*inputs))
 
 
@@ -68,38 +67,40 @@ def broken(function):
     return call
 
 
-@pytest.mark.parametrize(("how", "why"), [(off, "largest error"), (broken, "KeyError")])
-def test_a_peer_that_is_wrong_is_shown_as_failing_and_not_timed(monkeypatch, capsys, how, why):
-    with wrong(monkeypatch, "liger", how):
+@pytest.mark.parametrize(
+    ("replace", "reason"), [(inaccurate, "largest error"), (broken, "KeyError")]
+)
+def test_a_wrong_peer_is_shown_as_failing_and_not_timed(monkeypatch, capsys, replace, reason):
+    with replaced(monkeypatch, "liger", replace):
         assert main([*SMALL, "--op", "swiglu", "--implementation", "eager", "liger"]) == 0
         (point,) = measured(["eager", "liger"])
-    assert set(point.columns) == {"eager"} and why in point.failed["liger"]
+    assert set(point.columns) == {"eager"} and reason in point.failed["liger"]
     shown = capsys.readouterr().out
-    assert "failed" in shown and why in shown
+    assert "failed" in shown and reason in shown
 
 
-def test_a_backend_of_ours_that_is_wrong_fails_the_command_when_all_is_recorded(
+def test_a_wrong_backend_fails_the_command_after_recording_everything(
     monkeypatch, tmp_path, capsys
 ):
     file = tmp_path / "ops.jsonl"
     args = [*SMALL, "--op", "swiglu", "rope", "--implementation", "cpu", "--json", str(file)]
-    with wrong(monkeypatch, "cpu", off):
+    with replaced(monkeypatch, "cpu", inaccurate):
         assert main(args) == 2
     assert "swiglu, cpu, result 0: largest error" in capsys.readouterr().err
     assert [r["failed"].keys() for r in records.read(file)] == [{"cpu"}, {"cpu"}]
 
 
-def test_an_interrupted_run_leaves_what_it_measured(monkeypatch, tmp_path, capsys):
-    file, point = tmp_path / "ops.jsonl", sweep._point
-    done = []
+def test_an_interrupted_run_leaves_its_records(monkeypatch, tmp_path, capsys):
+    file, measure_point = tmp_path / "ops.jsonl", sweep._measure_point
+    calls = []
 
     def once(*args):
-        if done:
+        if calls:
             raise KeyboardInterrupt
-        done.append(True)
-        return point(*args)
+        calls.append(args)
+        return measure_point(*args)
 
-    monkeypatch.setattr(sweep, "_point", once)
+    monkeypatch.setattr(sweep, "_measure_point", once)
     args = [*SMALL, "--op", "swiglu", "rope", "--implementation", "eager", "--json", str(file)]
     assert main(args) == 130
     (record,) = records.read(file)
@@ -125,7 +126,7 @@ def test_the_command_sweeps_and_prints(capsys):
     ],
     ids=lambda a: a if isinstance(a, str) else a[0],
 )
-def test_bad_options_are_refused_with_what_exists(args, message, capsys):
+def test_the_error_for_bad_options_lists_the_choices(args, message, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["ops", *args])
     (line,) = capsys.readouterr().err.splitlines()
@@ -133,10 +134,10 @@ def test_bad_options_are_refused_with_what_exists(args, message, capsys):
 
 
 @pytest.mark.parametrize("command", [SMALL, ["traffic"], ["device", "--out", "nowhere"]])
-def test_a_checkout_that_is_none_is_one_error(command, tmp_path, capsys):
+def test_the_error_for_a_folder_that_is_not_a_checkout_is_one_line(command, tmp_path, capsys):
     assert main([*command, "--published", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert f"--published: {tmp_path} is no checkout of erwold/mv-split: expected" in line
+    assert f"--published: {tmp_path} is not a checkout of erwold/mv-split: expected" in line
 
 
 def test_the_share_of_the_copy_is_of_forward_and_backward():
@@ -145,14 +146,14 @@ def test_the_share_of_the_copy_is_of_forward_and_backward():
     run |= {"device": "d", "threads": 1, "torch": "t", "date": "d", "commit": "c"}
     point = Point(run, "swiglu", "SwiGLU", (3e6, 5e6), 4e9, {"cuda": column}, {}, {})
     assert point.bytes_per_second("cuda") == 2e9
-    (row,) = zip(*(list(c.cells) for c in sweep.table([point]).columns), strict=True)
+    (row,) = zip(*(list(c.cells) for c in sweep.build_table([point]).columns), strict=True)
     assert row[2:8] == ("cuda", "1,000.0", "2,000.0", "4,000.0", "2.0", "50%")
     assert row[-1] == "1 / 2"
 
 
 @pytest.fixture
-def no_gpu_but_its_graphs(monkeypatch):
-    """What a capture calls, run at once: a replay does nothing."""
+def fake_cuda_graphs(monkeypatch):
+    """CUDA graphs without a GPU: a capture runs its calls at once, a replay does nothing."""
     captures = []
 
     class Stream:
@@ -180,36 +181,36 @@ def no_gpu_but_its_graphs(monkeypatch):
     return captures
 
 
-def test_a_replay_holds_every_set_of_inputs(no_gpu_but_its_graphs, monkeypatch):
+def test_a_replay_has_every_set_of_inputs(fake_cuda_graphs, monkeypatch):
     monkeypatch.setattr(timing, "_L2_FLUSH_BYTES", 3 * 2 * 13 * 48 - 1)
     case = BY_NAME["swiglu"]
-    sets = timing.input_sets(case, TINY)
+    sets = timing.make_input_sets(case, TINY)
     assert len(sets) == 3 and len({s[0][0].data_ptr() for s in sets}) == 3
     assert all(torch.equal(s[0][0], sets[0][0][0]) for s in sets)
-    seen = []
+    pointers = []
 
     def call(*inputs):
-        seen.append(inputs[0][0].data_ptr())
+        pointers.append(inputs[0][0].data_ptr())
         return case.reference(*inputs)
 
     cotangents = [[torch.ones(1, 13, 24, dtype=torch.bfloat16)]] * 3
     replay = timing.Replay(call, sets, cotangents)
-    assert replay.count == 3 and len(set(seen)) == 3
-    streams = set(map(id, no_gpu_but_its_graphs))
-    assert len(no_gpu_but_its_graphs) == 3 and len(streams) == 1  # one stream captures all three
+    assert replay.count == 3 and len(set(pointers)) == 3
+    streams = set(map(id, fake_cuda_graphs))
+    assert len(fake_cuda_graphs) == 3 and len(streams) == 1  # one stream captures all three
     replay.both()
-    assert no_gpu_but_its_graphs[-1] == "replayed"
+    assert fake_cuda_graphs[-1] == "replayed"
 
 
-def test_what_cannot_be_captured_is_timed_by_events_and_says_so(monkeypatch):
-    def refused(*args):
+def test_a_call_that_cannot_be_captured_is_timed_by_events(monkeypatch):
+    def refuse(*args):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(sweep, "Replay", refused)
-    monkeypatch.setattr(sweep, "_launches", lambda *call: (1, 2))
+    monkeypatch.setattr(sweep, "Replay", refuse)
+    monkeypatch.setattr(sweep, "_count_launches", lambda *call: (1, 2))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     case = BY_NAME["swiglu"]
-    columns = sweep._timed_on_gpu(case, TINY, {"eager": case.reference}, 2)
+    columns = sweep._time_on_gpu(case, TINY, {"eager": case.reference}, 2)
     assert columns["eager"].method.startswith("events; not captured: operation not permitted")
     assert "more" not in columns["eager"].method and columns["eager"].launches == (1, 2)
 
@@ -231,4 +232,4 @@ def test_gpu_launches_are_counted_forward_and_backward(monkeypatch):
 
     monkeypatch.setattr(torch.profiler, "profile", lambda **options: Profiler())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert sweep._launches(lambda: "outputs", lambda outputs: outputs) == (3, 5)
+    assert sweep._count_launches(lambda: "outputs", lambda outputs: outputs) == (3, 5)

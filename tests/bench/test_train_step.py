@@ -1,4 +1,4 @@
-"""Whole steps: who takes turns, what a step goes to, what the table tells."""
+"""Whole training steps: turns of the variants, breakdown, tables, command."""
 
 import json
 import types
@@ -18,17 +18,17 @@ SMALL = {"depth": 2, "batch": 2, "device": "cpu", "probes": False}
 
 
 def test_variants_are_timed_in_turn_and_split_up():
-    said = []
+    step_counts = []
     variants = [
         (residual, implementation, policy)
         for residual in ("layerscale", "mvsplit")
         for implementation, policy in (("cpu", "none"), ("eager", "full"))
     ]
     result = train_step.measure(
-        "collapse100", SMALL, variants, 2, progress=lambda what, of: said.append(of)
+        "collapse100", SMALL, variants, 2, progress=lambda _, steps: step_counts.append(steps)
     )
     assert [(r.residual, r.implementation, r.checkpointing) for r in result.rows] == variants
-    assert said == [12] * 12
+    assert step_counts == [12] * 12
     for row in result.rows:
         assert row.gradients > 0 and row.update > 0 and row.loader > 0
         assert list(row.breakdown) == list(train_step.STEP_PARTS)
@@ -39,7 +39,7 @@ def test_variants_are_timed_in_turn_and_split_up():
         tokens = 2 * (64 + 4)
         assert row.tokens_per_second == pytest.approx(tokens / row.step)
     eager, cpu = (next(r for r in result.rows if r.implementation == n) for n in ("eager", "cpu"))
-    assert eager.flops == cpu.flops > 0  # those computed again do not count
+    assert eager.flops == cpu.flops > 0  # recomputed ones do not count
     assert result.run["config"]["depth"] == 2 and result.run["matmul_flops_per_second"] > 0
     assert train_step.Steps.from_json(json.loads(json.dumps(result.to_json()))) == result
 
@@ -50,17 +50,17 @@ def test_recomputing_takes_less_memory():
     for policy in ("none", "full"):
         with load.running("cpu", policy):
             load.step()
-            peaks[policy] = train_step._peak_bytes(load, "cpu")
+            peaks[policy] = train_step._measure_peak(load, "cpu")
     assert peaks["full"] < 0.8 * peaks["none"]
 
 
-def test_a_policy_that_finds_no_memory_is_told_and_the_others_are_timed(monkeypatch, capsys):
-    right = Workload.step
+def test_a_policy_that_runs_out_of_memory_is_reported_and_the_others_are_timed(monkeypatch):
+    step = Workload.step
 
     def full_memory(load):
         if load.model.config.checkpointing == "none":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB\nmore")
-        right(load)
+        step(load)
 
     monkeypatch.setattr(Workload, "step", full_memory)
     variants = [("mvsplit", "cpu", policy) for policy in ("none", "full")]
@@ -71,7 +71,7 @@ def test_a_policy_that_finds_no_memory_is_told_and_the_others_are_timed(monkeypa
         train_step.measure("collapse100", SMALL, variants[:1], 1)
 
 
-def test_a_model_serves_every_implementation_and_is_left_as_it_was():
+def test_one_model_serves_every_implementation_and_is_restored():
     load = Workload(preset("collapse100", **SMALL))
     blocks, config = load.model.blocks, load.model.config
     with pytest.raises(KeyError), load.running("compile", "full"):
@@ -91,7 +91,7 @@ def event(name, cpu=0.0, gpu=0.0, parent=None):
     )
 
 
-def test_a_steps_time_goes_to_its_parts():
+def test_the_time_of_a_step_is_split_into_its_parts():
     merge = event(str(Range("mvsplit_rmsnorm", "fwd", 0)), cpu=9.0)
     block = event(str(Range(BLOCK, "fwd", 0)), cpu=9.0)
     update = event(str(train_step.UPDATE), cpu=9.0)
@@ -108,11 +108,11 @@ def test_a_steps_time_goes_to_its_parts():
         event("autograd::engine::evaluate_function: MulBackward0", 9.0),
         event("CompiledFunction", 9.0),
     ]
-    assert list(train_step.parts_of(events, cuda=False)) == list(train_step.STEP_PARTS[:-1])
-    found = [3.0, 4.0, 1.0 + 2.0, 5.0 + 8.0, 6.0, 7.0]
-    assert list(train_step.parts_of(events, cuda=False).values()) == pytest.approx(found)
-    found = [0.3, 0.4, 0.1 + 0.2, 0.5, 0.6, 0.7]
-    assert list(train_step.parts_of(events, cuda=True).values()) == pytest.approx(found)
+    assert list(train_step.sum_parts(events, cuda=False)) == list(train_step.STEP_PARTS[:-1])
+    seconds = [3.0, 4.0, 1.0 + 2.0, 5.0 + 8.0, 6.0, 7.0]
+    assert list(train_step.sum_parts(events, cuda=False).values()) == pytest.approx(seconds)
+    seconds = [0.3, 0.4, 0.1 + 0.2, 0.5, 0.6, 0.7]
+    assert list(train_step.sum_parts(events, cuda=True).values()) == pytest.approx(seconds)
 
 
 def a_row(implementation, gradients):
@@ -136,24 +136,24 @@ def test_the_table_compares_with_the_first_and_with_the_matrix_products():
     run |= {"commit": "c", "config": config, "matmul_flops_per_second": 2e12}
     rows = [a_row("eager", 1.0), a_row("cpu", 0.0)]
     steps = train_step.Steps(run, rows, {"mvsplit, cpu, none": "out of memory"})
-    columns = {c.header: list(c.cells) for c in train_step.table(steps).columns}
-    assert "mvsplit, cpu, none: out of memory" in train_step.table(steps).caption
+    columns = {c.header: list(c.cells) for c in train_step.build_table(steps).columns}
+    assert "mvsplit, cpu, none: out of memory" in train_step.build_table(steps).caption
     assert columns["to the first"] == ["1.000x", "0.500x"]
     assert columns["TFLOP/s"] == ["0.5", "1"] and columns["% matmul"] == ["25.0", "50.0"]
-    shares = {c.header: list(c.cells) for c in train_step.breakdown_table(steps).columns}
+    shares = {c.header: list(c.cells) for c in train_step.build_breakdown(steps).columns}
     assert shares["attention"] == ["14.3%", "14.3%"]
 
 
 def test_the_default_is_every_implementation_then_every_policy():
-    found = train_step._variants(
+    variants = train_step._make_variants(
         "collapse100", SMALL, ["mvsplit"], ["eager", "cpu"], ["none", "full"]
     )
-    assert found == [
+    assert variants == [
         ("mvsplit", "eager", "none"), ("mvsplit", "cpu", "none"), ("mvsplit", "cpu", "full")
     ]  # fmt: skip
 
 
-def test_latents_that_are_in_no_folder_are_random():
+def test_latents_without_a_folder_are_random():
     overrides = {**SMALL, "text_tokens": 4, "size": 4, "dim": 32, "heads": 2, "ffn": 96}
     overrides |= {"text_dim": 32, "data_path": "", "micro_batch": 0, "precision": "fp32"}
     config = preset("dit400-mvsplit", **overrides)
@@ -166,14 +166,14 @@ def test_latents_that_are_in_no_folder_are_random():
 def test_the_command_prints_and_records(tmp_path, capsys):
     path, trace = tmp_path / "steps.jsonl", tmp_path / "t.json"
     args = ["step", "tiny", "--repeats", "1", "--blocks", "2", "--batch", "2", "--nvtx"]
-    args += ["--backend", "reference", "cpu", "--checkpointing", "full"]
+    args += ["--implementation", "reference", "cpu", "--checkpointing", "full"]
     assert main([*args, "--json", str(path), "--trace", str(trace)]) == 0
     shown = capsys.readouterr().out
-    assert "One optimizer step" in shown and "What a step goes to" in shown
+    assert "One optimizer step" in shown and "Breakdown of a step" in shown
     record = json.loads(path.read_text())
     assert record["kind"] == "step" and json.loads(trace.read_text())["traceEvents"]
-    found = [(r["implementation"], r["checkpointing"]) for r in record["rows"]]
-    assert found == [("eager", "none"), ("cpu", "none"), ("cpu", "full")]
+    variants = [(r["implementation"], r["checkpointing"]) for r in record["rows"]]
+    assert variants == [("eager", "none"), ("cpu", "none"), ("cpu", "full")]
 
 
 @pytest.mark.parametrize(
@@ -182,21 +182,21 @@ def test_the_command_prints_and_records(tmp_path, capsys):
         (["--set", "dept=2"], "no field 'dept'; did you mean depth"),
         (["--json", "nowhere/x.jsonl"], "no folder"),
         (["--backend", "cuda"], "backend 'cuda' cannot run here"),
-        (["--backend", "triton"], "nothing to time"),
-        (["--backend", "apex"], "there are: eager, compile, cpu"),
-        (["--residual", "rez"], "there are: post, layerscale"),
+        (["--implementation", "triton"], "nothing to time"),
+        (["--backend", "apex"], "must be one of eager, compile, cpu"),
+        (["--residual", "rez"], "must be one of post, layerscale"),
         (["--checkpointing", "4/3"], "checkpointing must be none, full"),
         (["--device", "cuda:9"], "cannot use 'cuda:9' here"),
     ],
     ids=lambda a: a if isinstance(a, str) else a[0],
 )
-def test_bad_input_is_one_error(args, message, capsys):
+def test_the_error_for_bad_input_is_one_line(args, message, capsys):
     with cuda_emulator.absent():
         assert main(["step", "tiny", "--blocks", "1", *args]) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_an_unknown_preset_is_refused_with_those_there_are(capsys):
+def test_the_error_for_an_unknown_preset_lists_the_presets(capsys):
     with pytest.raises(SystemExit):
         main(["step", "collapse1000"])
     assert "dit1000-mvsplit" in capsys.readouterr().err
