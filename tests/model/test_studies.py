@@ -16,11 +16,14 @@ from model.train import runs
 from model.train.loop import train
 
 
-@pytest.mark.parametrize("name", ["amplification", "controls", "guard"])
-def test_a_study_trains_prints_a_table_and_resumes(name, tmp_path, monkeypatch, capsys):
+@pytest.fixture(autouse=True)
+def small_preset(monkeypatch):
     small = dict(config.PRESETS["collapse100"], depth=3, warmup=1)
     monkeypatch.setitem(config.PRESETS, "collapse100", small)
 
+
+@pytest.mark.parametrize("name", ["amplification", "controls", "guard"])
+def test_a_study_trains_prints_a_table_and_resumes(name, tmp_path, monkeypatch, capsys):
     def train_here(jobs, out, show):  # only this process has the small preset
         for run, job in jobs.items():
             train(config.preset(job.preset, **job.changes), out / run, guard="warn")
