@@ -1,139 +1,179 @@
-"""Registers, spills, shared memory, access widths and occupancy of every kernel, as compiled.
+"""Registers, spills, shared memory, access widths and occupancy of every compiled kernel.
 
-Triton's kernels and the CUDA C++ ones are compiled for GPUs that need not be here, and their
-machine code is read; how many blocks an SM holds at once follows from what a block takes of it.
+The Triton and CUDA C++ kernels are compiled for GPUs that need not be present, and their machine
+code is read. The number of blocks that an SM holds is calculated from the resources of a block.
 """
 
-from dataclasses import asdict
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from bench.cases import CASES
+from rich.table import Table as TerminalTable
+
+from bench.cases import CASES, Case, Shape
 from bench.common import options as opt
 from bench.common import records, text_tables
 from bench.common.machine import describe_run
-from bench.static import machine_code, occupancy
+from bench.common.records import Run
+from bench.common.text_tables import Row
+from bench.static import kernel_compiler
+from bench.static.kernel_compiler import ARCHITECTURES, CompiledKernel
+from bench.static.occupancy import RESIDENCY, compute_occupancy
 
-BACKENDS = tuple(machine_code.BACKENDS)
-COLUMNS = (
+COMPILED_BACKENDS = tuple(kernel_compiler.COMPILERS)
+RESOURCE_COLUMNS = (
     *("call", "backend", "kernel", "sm", "threads", "registers", "spill B", "shared B"),
     *("cluster", "blocks/SM", "limit", "warps %", "load bits", "store bits", "s"),
 )
 
 
-def measure(
-    shape,
-    backends=BACKENDS,
-    architectures=machine_code.ARCHITECTURES,
-    progress=lambda what, of: None,
-    cases=CASES,
-):
-    """A record: "rows", a kernel each, and "missing", {backend: why it cannot be compiled here}.
+@dataclass(frozen=True)
+class KernelResources(CompiledKernel):
+    """A compiled kernel and its occupancy; the fields of an Occupancy."""
 
-    RuntimeError: no backend can be.
-    """
-    reasons = {backend: machine_code.missing(backend, architectures) for backend in backends}
-    found = [backend for backend in backends if reasons[backend] is None]
-    missing = {backend: reason for backend, reason in reasons.items() if reason}
-    if not found:
-        told = "; ".join(f"{backend}: {reason}" for backend, reason in missing.items())
-        raise RuntimeError(f"no kernel can be compiled here: {told}")
-    kernels = machine_code.measure(shape, found, architectures, progress, cases)
-    ops = [case.op for case in cases]
-    kernels.sort(key=lambda k: (*_place(k.call, ops), k.architecture, backends.index(k.backend)))
-    compiler = machine_code.compiler().name if "cuda" in found else None
-    return {
-        "kind": "resources",
-        "run": {**describe_run(shape), "cuda_compiler": compiler},
-        "rows": [row(kernel) for kernel in kernels],
-        "missing": missing,
-    }
+    blocks_per_sm: int
+    limited_by: str
+    warps_share: float
 
-
-def row(kernel):
-    """What a Kernel takes, and how many of its blocks an SM holds."""
-    takes = kernel.architecture, kernel.registers, kernel.threads, kernel.shared
-    blocks = occupancy.blocks_per_sm(*takes)
-    return {
-        **asdict(kernel),
-        "blocks_per_sm": blocks,
-        "limited_by": occupancy.limited_by(*takes),
-        "warps_share": occupancy.warps_share(kernel.architecture, kernel.threads, blocks),
-    }
-
-
-def cells(record):
-    """The table of a record: a tuple of strings for each kernel."""
-    return [
-        (
-            *(r["call"], r["backend"], r["name"]),
-            *(str(r[n]) for n in ("architecture", "threads", "registers", "spilled", "shared")),
-            *(str(r["cluster"]), str(r["blocks_per_sm"]), r["limited_by"].removesuffix(" memory")),
-            f"{100 * r['warps_share']:.0f}",
-            _widths(r["loads"]) + (f" bulk x{r['bulk']}" if r["bulk"] else ""),
-            *(_widths(r["stores"]), f"{r['seconds']:.1f}"),
+    @classmethod
+    def from_kernel(cls, kernel: CompiledKernel) -> "KernelResources":
+        occupancy = compute_occupancy(
+            kernel.architecture, kernel.registers, kernel.threads, kernel.shared
         )
-        for r in record["rows"]
-    ]
+        return cls(**asdict(kernel), **asdict(occupancy))
 
 
-def notes(record):
-    """What a reader must know to read the table."""
-    run, s = record["run"], record["run"]["shape"]
-    found = {r["backend"] for r in record["rows"]}
-    compilers = {"triton": f"Triton {run['triton']}", "cuda": run["cuda_compiler"]}
-    return (
-        f"B {s['B']}, T {'+'.join(map(str, s['segments']))}, D {s['D']}, H {s['H']}, F {s['F']}, "
-        f"{s['dtype']}; compiled by {' and '.join(compilers[b] for b in BACKENDS if b in found)}.",
-        "Blocks an SM and warps by calculation, from registers, threads and shared memory; "
-        "clusters may find room for fewer.",
-        "128x4: four accesses of 128 bits in the code, triton's in PTX, cuda's in machine code.",
-        "s: seconds of the compiler; CUDA kernels of one program have one time.",
-        *(f"{backend}: {reason}" for backend, reason in record["missing"].items()),
+@dataclass(frozen=True)
+class ResourceRecord:
+    """The kernels of one run, and {backend: reason why it cannot be compiled here}."""
+
+    run: Run
+    rows: list[KernelResources]
+    missing: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "resources", **asdict(self)}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "ResourceRecord":
+        rows = [
+            KernelResources(
+                **{
+                    **row,
+                    "loads": _integer_keys(row["loads"]),
+                    "stores": _integer_keys(row["stores"]),
+                }
+            )
+            for row in record["rows"]
+        ]
+        return cls(record["run"], rows, record["missing"])
+
+
+def _integer_keys(counts: Mapping[str, int]) -> dict[int, int]:
+    return {int(bits): number for bits, number in counts.items()}
+
+
+def measure(
+    shape: Shape,
+    backends: Sequence[str] = COMPILED_BACKENDS,
+    architectures: Sequence[int] = ARCHITECTURES,
+    progress: opt.ReportProgress = opt.no_progress,
+    cases: Sequence[Case] = CASES,
+) -> ResourceRecord:
+    """Compile the kernels of every backend that can be compiled, and return their resources.
+
+    RuntimeError: no backend can be compiled here.
+    """
+    reasons = {b: kernel_compiler.missing_reason(b, architectures) for b in backends}
+    missing = {backend: reason for backend, reason in reasons.items() if reason}
+    available = [backend for backend in backends if backend not in missing]
+    if not available:
+        lines = "; ".join(f"{backend}: {reason}" for backend, reason in missing.items())
+        raise RuntimeError(f"no kernel can be compiled here: {lines}")
+    kernels = kernel_compiler.compile_kernels(shape, available, architectures, progress, cases)
+    ops = [case.op for case in cases]
+    kernels.sort(
+        key=lambda k: (*_call_order(k.call, ops), k.architecture, backends.index(k.backend))
     )
+    compiler = kernel_compiler.select_compiler().name if "cuda" in available else None
+    run: Run = {**describe_run(shape), "cuda_compiler": compiler}
+    return ResourceRecord(run, [KernelResources.from_kernel(k) for k in kernels], missing)
 
 
-def table(record):
-    title = "Kernels as compiled"
-    return text_tables.terminal(title, COLUMNS, cells(record), notes(record))
-
-
-def _place(call, ops):
+def _call_order(call: str, ops: Sequence[str]) -> tuple[int, int]:
     op, direction = call.split()
     return ops.index(op), ("fwd", "bwd").index(direction)
 
 
-def _widths(found):
-    return " ".join(f"{bits}x{found[bits]}" for bits in sorted(found, key=int, reverse=True))
+def format_cells(record: ResourceRecord) -> list[Row]:
+    """Return the rows below RESOURCE_COLUMNS, one per kernel."""
+    return [
+        (
+            *(row.call, row.backend, row.name, str(row.architecture), str(row.threads)),
+            *(str(row.registers), str(row.spilled), str(row.shared), str(row.cluster)),
+            *(str(row.blocks_per_sm), row.limited_by.removesuffix(" memory")),
+            f"{100 * row.warps_share:.0f}",
+            _format_accesses(row.loads) + (f" bulk x{row.bulk}" if row.bulk else ""),
+            *(_format_accesses(row.stores), f"{row.seconds:.1f}"),
+        )
+        for row in record.rows
+    ]
 
 
-def options(p):
-    opt.add_shape(p)
-    opt.add_ops(p)
-    known = ", ".join(map(str, occupancy.SMS))
-    p.add_argument(
+def _format_accesses(counts: Mapping[int, int]) -> str:
+    return " ".join(f"{bits}x{counts[bits]}" for bits in sorted(counts, reverse=True))
+
+
+def format_notes(record: ResourceRecord) -> tuple[str, ...]:
+    """Return the notes below the table: shape, compilers, how the columns are computed."""
+    run, backends = record.run, {row.backend for row in record.rows}
+    compilers = {"triton": f"Triton {run['triton']}", "cuda": run["cuda_compiler"]}
+    names = " and ".join(str(compilers[b]) for b in COMPILED_BACKENDS if b in backends)
+    return (
+        f"{text_tables.shape_text(run['shape'])}; compiled by {names}.",
+        "Blocks per SM and warps are calculated from registers, threads and shared memory; fewer "
+        "blocks may fit if they are in clusters.",
+        "128x4: four accesses of 128 bits in the code, PTX for triton, machine code for cuda.",
+        "s: seconds of the compiler; the CUDA kernels of one program share one time.",
+        *(f"{backend}: {reason}" for backend, reason in record.missing.items()),
+    )
+
+
+def build_table(record: ResourceRecord) -> TerminalTable:
+    rows, notes = format_cells(record), format_notes(record)
+    return text_tables.build_table("Compiled kernels", RESOURCE_COLUMNS, rows, notes)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    opt.add_shape(parser)
+    opt.add_ops(parser)
+    known = ", ".join(map(str, RESIDENCY))
+    parser.add_argument(
         "--arch",
         nargs="+",
         type=int,
-        choices=occupancy.SMS,
+        choices=RESIDENCY,
         metavar="N",
-        default=machine_code.ARCHITECTURES,
-        help=f"compute capabilities, of {known}: 80 is A100, 90 H100 and H200, 100 B200",
+        default=ARCHITECTURES,
+        help=f"compute capabilities, of {known}: 80 is A100, 90 is H100 and H200, 100 is B200",
     )
-    p.add_argument(
+    parser.add_argument(
         "--backend",
         nargs="+",
-        choices=BACKENDS,
+        choices=COMPILED_BACKENDS,
         metavar="BACKEND",
-        default=BACKENDS,
-        help=f"whose kernels, of {', '.join(BACKENDS)}",
+        default=COMPILED_BACKENDS,
+        help=f"backends to compile, of {', '.join(COMPILED_BACKENDS)}",
     )
-    opt.add_json(p)
+    opt.add_json(parser)
 
 
-def command(args):
-    shape = opt.shape(args, "meta")
-    opt.writable(args.json)
-    with opt.progress("resources") as progress:
-        record = measure(shape, args.backend, args.arch, progress, opt.chosen(args.op))
-    opt.console().print(table(record))
+def run_command(args: argparse.Namespace) -> None:
+    shape = opt.chosen_shape(args, "meta")
+    opt.check_writable(args.json)
+    with opt.show_progress("resources") as progress:
+        record = measure(shape, args.backend, args.arch, progress, opt.chosen_cases(args.op))
+    opt.make_console().print(build_table(record))
     if args.json:
-        records.append(record, args.json)
+        records.append(record.to_json(), args.json)

@@ -1,26 +1,26 @@
-"""How many blocks of a kernel an SM runs at once: by calculation, for a GPU that need not be here.
+"""Blocks of a kernel that an SM runs at the same time, by calculation: no GPU is needed.
 
-A block takes registers, threads and shared memory from its SM, and one of the SM's places for
-blocks; whichever runs out first limits them. The shared memory is what is left where the L1 cache
-is as small as it can be. Blocks of a cluster must also find SMs of one group of them free
-together, which is not counted here.
+A block takes registers, threads, shared memory and one of the block slots of its SM; the resource
+that runs out first limits the number of blocks. Shared memory is what remains with the smallest L1
+cache. The blocks of a cluster must also fit into one group of SMs at the same time, which is not
+counted here.
 """
 
 from dataclasses import dataclass
 
-from mvsplit_ops._cuda.gpu import architecture as spelled
-from mvsplit_ops._cuda.launch import LIMITS
+from mvsplit_ops._cuda.gpu import architecture as architecture_name
+from mvsplit_ops._cuda.launch import LIMITS, Limits
 
 WARP = 32
 MOST_THREADS, MOST_REGISTERS = 1024, 255  # of a block; of a thread
-REGISTERS, PARTITIONS = 65536, 4  # of an SM; a warp's registers lie in one partition
-REGISTERS_UNIT, SHARED_UNIT = 256, 128  # of a warp; bytes of a block
-RESERVED = 1024  # bytes of shared memory that CUDA takes of each block
+REGISTERS, PARTITIONS = 65536, 4  # of an SM; the registers of a warp are in one partition
+REGISTERS_UNIT, SHARED_UNIT = 256, 128  # allocation units: registers of a warp, bytes of a block
+RESERVED = 1024  # bytes of shared memory that CUDA takes from each block
 
 
 @dataclass(frozen=True)
-class SM:
-    """Threads and blocks that can be resident."""
+class ResidencyLimits:
+    """Threads and blocks that can be resident on an SM."""
 
     threads: int
     blocks: int
@@ -28,58 +28,58 @@ class SM:
 
 # By compute capability: CUDA C++ Programming Guide, "Technical Specifications per Compute
 # Capability". Bytes of shared memory are in LIMITS.
-SMS = {
-    80: SM(2048, 32),
-    86: SM(1536, 16),
-    89: SM(1536, 24),
-    90: SM(2048, 32),
-    100: SM(2048, 32),
-    120: SM(1536, 24),
+RESIDENCY = {
+    80: ResidencyLimits(2048, 32),
+    86: ResidencyLimits(1536, 16),
+    89: ResidencyLimits(1536, 24),
+    90: ResidencyLimits(2048, 32),
+    100: ResidencyLimits(2048, 32),
+    120: ResidencyLimits(1536, 24),
 }
 
 
-def limits(architecture):
-    """The Limits of a compute capability, 80 or 90, as the launchers take them."""
-    return LIMITS[spelled(divmod(architecture, 10))]
+@dataclass(frozen=True)
+class Occupancy:
+    """Blocks of a kernel on one SM.
 
-
-def room(architecture, registers, threads, shared):
-    """{resource: blocks of an SM that it has room for}; 0 where one block is more than may be.
-
-    registers of a thread, threads of a block, shared: bytes of a block, static and dynamic.
+    blocks_per_sm  resident at the same time; 0: the kernel cannot be launched
+    limited_by     "threads", "blocks", "registers" or "shared memory"; the first of several in
+                   this order: on an SM that is full, a kernel with fewer registers gains nothing
+    warps_share    fraction of the SM's warps that these blocks occupy
     """
-    sm, memory, warps = SMS[architecture], limits(architecture), -(-threads // WARP)
-    of_warp = _up(registers * WARP, REGISTERS_UNIT)
-    warps_by_registers = REGISTERS // PARTITIONS // of_warp * PARTITIONS
-    return {
-        "threads": sm.threads // (warps * WARP) if threads <= MOST_THREADS else 0,
-        "blocks": sm.blocks,
+
+    blocks_per_sm: int
+    limited_by: str
+    warps_share: float
+
+
+def get_limits(architecture: int) -> Limits:
+    """Return the launch limits of a compute capability such as 80 or 90."""
+    return LIMITS[architecture_name(divmod(architecture, 10))]
+
+
+def compute_occupancy(architecture: int, registers: int, threads: int, shared: int) -> Occupancy:
+    """Return the occupancy of a kernel.
+
+    registers  of a thread
+    threads    of a block
+    shared     bytes of a block, static and dynamic
+    """
+    limits, launch_limits = RESIDENCY[architecture], get_limits(architecture)
+    warps = -(-threads // WARP)
+    warp_registers = _round_up(registers * WARP, REGISTERS_UNIT)
+    warps_by_registers = REGISTERS // PARTITIONS // warp_registers * PARTITIONS
+    blocks_by = {
+        "threads": limits.threads // (warps * WARP) if threads <= MOST_THREADS else 0,
+        "blocks": limits.blocks,
         "registers": warps_by_registers // warps if registers <= MOST_REGISTERS else 0,
-        "shared memory": memory.shared_sm // _up(shared + RESERVED, SHARED_UNIT)
-        if shared <= memory.shared
+        "shared memory": launch_limits.shared_sm // _round_up(shared + RESERVED, SHARED_UNIT)
+        if shared <= launch_limits.shared
         else 0,
     }
+    limited_by, blocks = min(blocks_by.items(), key=lambda item: item[1])
+    return Occupancy(blocks, limited_by, blocks * warps * WARP / limits.threads)
 
 
-def blocks_per_sm(architecture, registers, threads, shared):
-    """Blocks of a kernel that an SM holds at once; 0: it cannot be launched."""
-    return min(room(architecture, registers, threads, shared).values())
-
-
-def limited_by(architecture, registers, threads, shared):
-    """What keeps further blocks away: "threads", "blocks", "registers" or "shared memory".
-
-    Of several the first in that order: where an SM is full, a kernel with fewer registers gains
-    nothing.
-    """
-    found = room(architecture, registers, threads, shared)
-    return min(found, key=found.get)
-
-
-def warps_share(architecture, threads, blocks):
-    """The part of an SM's warps that so many blocks occupy: 1 is all of them."""
-    return blocks * -(-threads // WARP) * WARP / SMS[architecture].threads
-
-
-def _up(size, unit):
+def _round_up(size: int, unit: int) -> int:
     return -(-size // unit) * unit

@@ -1,285 +1,183 @@
 """Bytes that an operator moves, counted instead of timed: no GPU is needed.
 
     reference   every tensor that an eager PyTorch operation reads or writes
-    cpu         the tensors that go into the C++ kernel and come out of it; what it reads twice
-                comes from cache
-    triton      every byte that the kernels load and store, read off Triton's interpreter, and every
-                tensor that their launchers give to PyTorch operations
-    cuda        the same, read off tests/simt
-    published   the same as triton of a checkout of erwold/mv-split, of the operators that it has
+    cpu         the input and output tensors of the C++ kernel, once: a cache serves repeated reads
+    triton      every byte that the kernels load and store in Triton's interpreter, and every
+                tensor of a PyTorch operation in their launchers
+    cuda        the same, counted in the emulator bench/static/cuda_emulator
+    published   the same as triton, for the operators in a checkout of erwold/mv-split
 
-A pass is one reading or writing of a (B, T, D) activation. On a GPU some of the bytes come from L2;
-the count is what the kernel asks for.
+A pass reads or writes one (B, T, D) activation. On a GPU the L2 cache serves some of the bytes; the
+count is what the kernel requests.
 """
 
+import argparse
 import contextlib
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.cases import CASES, calls_per_step
+from bench.cases import CASES, Case, Function, Inputs, Shape, calls_per_step
 from bench.common import options as opt
-from bench.common import records, text_tables
+from bench.common import records
 from bench.common.accuracy import results_and_gradients
 from bench.common.machine import describe_run
 from bench.measure import implementations
-from bench.static import cuda_emulator, triton_interpreter
-from bench.static.byte_counter import Traffic, stored_bytes, tensors_in
+from bench.static import cuda_emulator, traffic_record, triton_interpreter
+from bench.static.byte_counter import ByteCounter, EagerCounter
+from bench.static.traffic_record import PAPER_BLOCKS, TrafficCount, TrafficRecord
 from mvsplit_ops import _backends
 
-# PyTorch operations that move nothing, beside those whose schema says that they are views.
-FREE = "empty", "new_empty", "detach", "_unsafe_view"
+CountKernels = Callable[[ByteCounter], contextlib.AbstractContextManager]
 
-# What counts the loads and stores of a backend's kernels on CPU tensors.
-COUNTING = {"triton": triton_interpreter.counting, "cuda": cuda_emulator.counting}
-
-
-@dataclass(frozen=True)
-class TrafficCount:
-    """One direction of one operator on one backend; passes over a (B, T, D) activation."""
-
-    op: str
-    title: str
-    direction: str  # fwd, bwd
-    backend: str
-    must_move: float
-    read: float
-    written: float
-    launches: int
-    calls: int  # in an optimizer step of 400 blocks; 0: not in the total
-    tensors: float | None = None  # each launch's, once; older records do not tell
-
-    @property
-    def passes(self):
-        return self.read + self.written
-
-    @property
-    def memory(self):
-        """Passes that memory must serve when a cache serves what a launch loads again."""
-        return self.passes if self.tensors is None else min(self.passes, self.tensors)
+# Context managers that count the loads and stores of a backend's kernels on CPU tensors.
+KERNEL_COUNTERS: dict[str, CountKernels] = {
+    "triton": triton_interpreter.count_bytes,
+    "cuda": cuda_emulator.count_bytes,
+}
 
 
-@dataclass(frozen=True)
-class TrafficRecord:
-    """A run: of what, its rows, and {backend: why nothing of it was counted}."""
-
-    run: dict
-    rows: list[TrafficCount]
-    missing: dict[str, str]
-
-    def to_json(self):
-        return {"kind": "traffic", **asdict(self)}
-
-    @classmethod
-    def from_json(cls, record):
-        return cls(
-            record["run"], [TrafficCount(**row) for row in record["rows"]], record["missing"]
-        )
-
-
-def measure(shape, progress=lambda what, of: None, cases=CASES, published=None):
+def measure(
+    shape: Shape,
+    progress: opt.ReportProgress = opt.no_progress,
+    cases: Sequence[Case] = CASES,
+    published: Path | None = None,
+) -> TrafficRecord:
     """Count every operator on every backend that runs on CPU tensors.
 
-    published  the folder of a checkout of erwold/mv-split, whose operators get rows as well;
-               RuntimeError: it is none
+    published  folder of a checkout of erwold/mv-split, whose operators are counted too;
+               RuntimeError: it is not one
     """
     triton_interpreter.use()
     run = describe_run(shape)
-    with cuda_emulator.counting(Traffic()):
-        missing = {b: _backends.missing(b, _backends.OPS[0], "cpu") for b in _backends.BACKENDS}
-    backends = [b for b, why in missing.items() if why is None]
-    columns = {case: _columns(case, backends, shape, published) for case in cases}
-    steps = sum(map(len, columns.values()))
+    with cuda_emulator.using():
+        reasons = {b: _backends.missing(b, _backends.OPS[0], "cpu") for b in _backends.BACKENDS}
+    available = [b for b, reason in reasons.items() if reason is None]
+    selected = [(case, _select_backends(case, available, shape, published)) for case in cases]
+    steps = sum(len(backends) for _, backends in selected)
     rows = []
-    for case in cases:
-        in_total = case.profiled and case.part_of is None
-        calls = calls_per_step(case, 400) if in_total else (0, 0)
+    for case, backends in selected:
         inputs = case.example(shape)
-        counts = {}
-        for backend in columns[case]:
+        counters = {}
+        for backend in backends:
             progress(f"{case.title}, {backend}", steps)
-            counts[backend] = count(case, backend, inputs, published)
-        for i, direction in enumerate(("fwd", "bwd")):
-            must_move = getattr(case, direction)(shape)
-            for backend in columns[case]:
-                traffic = counts[backend][direction]
-                read, written, tensors = (
-                    n / shape.pass_bytes for n in (traffic.read, traffic.written, traffic.tensors)
-                )
-                moved = must_move, read, written, traffic.launches, calls[i], tensors
-                rows.append(TrafficCount(case.op, case.title, direction, backend, *moved))
-    return TrafficRecord(run, rows, {b: why for b, why in missing.items() if why})
+            counters[backend] = count(case, backend, inputs, published)
+        rows += _list_counts(case, shape, counters)
+    return TrafficRecord(run, rows, {b: reason for b, reason in reasons.items() if reason})
 
 
-def _columns(case, backends, shape, published):
-    """What an operator is counted on: the published kernels too, where they have it."""
-    if published is None or implementations.lacks("published", case, shape.segments):
-        return backends
+def _list_counts(
+    case: Case, shape: Shape, counters: dict[str, dict[str, ByteCounter]]
+) -> list[TrafficCount]:
+    """Return a row for each direction and backend: {backend: {direction: counter}} in passes."""
+    in_total = case.profiled and case.part_of is None
+    calls = calls_per_step(case, PAPER_BLOCKS) if in_total else (0, 0)
+    return [
+        TrafficCount(
+            op=case.op,
+            title=case.title,
+            direction=direction,
+            backend=backend,
+            must_move=getattr(case, direction)(shape),
+            read=counter[direction].read / shape.pass_bytes,
+            written=counter[direction].written / shape.pass_bytes,
+            launches=counter[direction].launches,
+            calls=direction_calls,
+            tensors=counter[direction].tensors / shape.pass_bytes,
+        )
+        for direction, direction_calls in zip(("fwd", "bwd"), calls, strict=True)
+        for backend, counter in counters.items()
+    ]
+
+
+def _select_backends(
+    case: Case, available: list[str], shape: Shape, published: Path | None
+) -> list[str]:
+    """Return the backends to count, with "published" if the checkout has the operator."""
+    if published is None or implementations.lacking_reason("published", case, shape.segments):
+        return available
     one_token_each = replace(shape, B=1, segments=(1,) * len(shape.segments))
-    inputs = case.example(one_token_each)
-    implementations.function("published", case, "cpu", published)(
-        *inputs
-    )  # makes what it keeps, uncounted
-    return [*backends, "published"]
+    function = implementations.load_function("published", case, "cpu", published)
+    function(*case.example(one_token_each))  # fills its caches, uncounted
+    return [*available, "published"]
 
 
-def count(case, backend, inputs, published=None):
-    """{"fwd": Traffic, "bwd": Traffic} of one call of an operator and of its backward."""
+def count(
+    case: Case, backend: str, inputs: Inputs, published: Path | None = None
+) -> dict[str, ByteCounter]:
+    """Return counters of one call of an operator ("fwd") and of its backward ("bwd")."""
     if backend == "reference":
-        return _count_calls(case.reference, inputs)
+        return _count_autograd(case.reference, inputs)
     if backend == "published":
-        function = implementations.function(backend, case, "cpu", published)
-        return _count_calls(function, inputs, triton_interpreter.counting)
+        function = implementations.load_function(backend, case, "cpu", published)
+        return _count_autograd(function, inputs, triton_interpreter.count_bytes)
     with Recorder() as recorder:  # the kernels' arguments are the same on every backend
         results_and_gradients(case.fused("cpu"), *inputs)
-    traffic = {"fwd": Traffic(), "bwd": Traffic()}
+    counters = {"fwd": ByteCounter(), "bwd": ByteCounter()}
     for kernel_op, args, results in recorder.calls:
-        op, direction = op_and_direction(kernel_op)
-        if backend in COUNTING:
-            counter = COUNTING[backend](traffic[direction])
-            with counter, EagerCounter(traffic[direction]):
+        op, direction = split_kernel_op(kernel_op)
+        counter = counters[direction]
+        if backend in KERNEL_COUNTERS:
+            with KERNEL_COUNTERS[backend](counter), EagerCounter(counter):
                 _backends.kernel(backend, op, f"_{direction}", "cpu")(*args[:-1])
         else:
-            _add_tensors(traffic[direction], args, results)
-    return traffic
+            counter.count_call(args, results)
+    return counters
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps (op, arguments, results) of every mvsplit kernel op that runs."""
+    """Records (op, arguments, results) of every mvsplit kernel op that runs."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.calls = []
+        self.calls: list[tuple[Any, tuple, Any]] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         results = func(*args, **(kwargs or {}))
         if func.namespace == "mvsplit":
             self.calls.append((func, args, results))
         return results
 
 
-def op_and_direction(kernel_op):
-    """("swiglu", "fwd") of torch.ops.mvsplit.swiglu_fwd.default."""
-    return kernel_op.__name__.split(".")[0].rsplit("_", 1)
+def split_kernel_op(kernel_op: Any) -> tuple[str, str]:
+    """Return ("swiglu", "fwd") for torch.ops.mvsplit.swiglu_fwd.default."""
+    op, direction = kernel_op.__name__.split(".")[0].rsplit("_", 1)
+    return op, direction
 
 
-class EagerCounter(TorchDispatchMode):
-    """Adds the tensors of every PyTorch operation to a Traffic; views and allocations are free."""
-
-    def __init__(self, traffic):
-        super().__init__()
-        self.traffic = traffic
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        results = func(*args, **(kwargs or {}))
-        if not func.is_view and not func.__name__.startswith(FREE):
-            _add_tensors(self.traffic, (args, kwargs), results)
-        return results
-
-
-def _count_calls(function, inputs, counting=contextlib.nullcontext):
-    """What autograd runs: PyTorch operations, and kernels that `counting` counts."""
+def _count_autograd(
+    function: Function, inputs: Inputs, count_kernels: CountKernels = contextlib.nullcontext
+) -> dict[str, ByteCounter]:
+    """Count what autograd runs: PyTorch operations, and kernels by means of `count_kernels`."""
     activations, constants, kwargs = inputs
     leaves = [t.detach().requires_grad_() for t in activations]
-    traffic = {"fwd": Traffic(), "bwd": Traffic()}
-    with counting(traffic["fwd"]), EagerCounter(traffic["fwd"]):
+    counters = {"fwd": ByteCounter(), "bwd": ByteCounter()}
+    with count_kernels(counters["fwd"]), EagerCounter(counters["fwd"]):
         outputs = [t for t in function(leaves, constants, kwargs) if t.requires_grad]
-    gradients = [torch.ones_like(t) for t in outputs]  # strided as the results are
-    with counting(traffic["bwd"]), EagerCounter(traffic["bwd"]):
+    gradients = [torch.ones_like(t) for t in outputs]  # the strides of the results
+    with count_kernels(counters["bwd"]), EagerCounter(counters["bwd"]):
         torch.autograd.grad(outputs, leaves, gradients)
-    return traffic
+    return counters
 
 
-def _add_tensors(traffic, arguments, results):
-    traffic.launched(arguments, results)
-    traffic.read += sum(map(stored_bytes, tensors_in(arguments)))
-    traffic.written += sum(map(stored_bytes, tensors_in(results)))
+def add_options(parser: argparse.ArgumentParser) -> None:
+    opt.add_shape(parser)
+    opt.add_ops(parser)
+    implementations.add_published(parser)
+    opt.add_json(parser)
 
 
-def traffic_cells(count):
-    """Columns and rows: passes of every backend, and in brackets its launches; – is not counted.
-
-    The total of a backend is of all operators of a step, or is not there.
-    """
-    backends = list(dict.fromkeys(row.backend for row in count.rows))
-    found = {(row.op, row.direction, row.backend): row for row in count.rows}
-    calls = {(row.op, row.direction): row for row in count.rows}
-
-    def cell(row):
-        return f"{row.passes:.2f} ({row.launches})" if row else text_tables.NOTHING
-
-    rows = [
-        (f"{of.title}, {of.direction}", f"{of.must_move:g}")
-        + tuple(cell(found.get((*call, b))) for b in backends)
-        for call, of in calls.items()
-    ]
-
-    floor = sum(calls[call].calls * calls[call].must_move for call in calls)
-    passes = step_passes(count, lambda row: row.passes)
-    shown = (f"{passes[b]:,.0f}" if b in passes else text_tables.NOTHING for b in backends)
-    totals = ("a step of 400 blocks", f"{floor:,.0f}", *shown)
-    return ("passes (launches)", "must move", *backends), rows, totals
-
-
-def step_passes(count, passes):
-    """{backend: passes(row) of a step}, of the backends that have every operator of it."""
-    step = {(row.op, row.direction) for row in count.rows if row.calls}
-    totals = {}
-    for backend in dict.fromkeys(row.backend for row in count.rows):
-        rows = [row for row in count.rows if row.backend == backend and row.calls]
-        if {(row.op, row.direction) for row in rows} == step:
-            totals[backend] = sum(row.calls * passes(row) for row in rows)
-    return totals
-
-
-def traffic_notes(count):
-    """What a reader must know to read the table."""
-    calls = {(row.op, row.direction): row.calls for row in count.rows}
-    chained = "mvsplit_rmsnorm_with_mean"
-    saved = sum(
-        (row.passes if row.op == "mvsplit_rmsnorm" else -row.passes)
-        * calls.get(("mvsplit_rmsnorm", row.direction), 0)
-        for row in count.rows
-        if row.backend == "triton" and row.op in ("mvsplit_rmsnorm", chained)
-    )
-    counted = {row.op for row in count.rows if row.backend == "triton"}
-    backends = {row.backend for row in count.rows}
-    both = {"mvsplit_rmsnorm", chained} <= counted
-    memory = step_passes(count, lambda row: row.memory)
-    once = ", ".join(f"{backend} {passes:,.0f}" for backend, passes in memory.items())
-    return (
-        f"{text_tables.shape_text(count.run['shape'])}. A pass reads or writes one (B, T, D) activation "
-        "once; parameters, tables, means and partial sums are counted too.",
-        "reference: the tensors of every eager operation; cpu: the tensors of a call, whose second "
-        "reading comes from cache; triton and cuda: every load and store of their kernels."
-        + (" published: the same of erwold/mv-split." if "published" in backends else ""),
-        "A step has 700 forward and 400 backward calls of RoPE + QK-Norm and of SwiGLU, and twice "
-        "as many of MV-Split + RMSNorm."
-        + (f" Merges that carry the mean move {saved:,.0f} passes less in triton." if both else ""),
-        f"Of a step's passes memory serves, if what a launch loads again is in a cache: {once}.",
-    )
-
-
-def traffic_table(count):
-    columns, rows, total = traffic_cells(count)
-    missing = (f"{backend}: {why}" for backend, why in count.missing.items())
-    caption = *traffic_notes(count), *missing
-    return text_tables.terminal("Bytes moved by one call", columns, rows, caption, total)
-
-
-def options(p):
-    opt.add_shape(p)
-    opt.add_ops(p)
-    implementations.add_published(p)
-    opt.add_json(p)
-
-
-def command(args):
-    shape, published = opt.shape(args, "cpu"), implementations.published_checkout(args)
-    opt.writable(args.json)
-    with opt.progress("traffic") as progress:
-        result = measure(shape, progress, opt.chosen(args.op), published)
-    opt.console().print(traffic_table(result))
+def run_command(args: argparse.Namespace) -> None:
+    shape, published = opt.chosen_shape(args, "cpu"), implementations.chosen_checkout(args)
+    opt.check_writable(args.json)
+    with opt.show_progress("traffic") as progress:
+        record = measure(shape, progress, opt.chosen_cases(args.op), published)
+    opt.make_console().print(traffic_record.build_table(record))
     if args.json:
-        records.append(result.to_json(), args.json)
+        records.append(record.to_json(), args.json)

@@ -1,4 +1,4 @@
-"""tests/simt itself: it runs what a GPU runs, and finds what a GPU would not forgive."""
+"""The emulator of CUDA kernels: it runs them, counts their bytes and finds planted faults."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.static import cuda_emulator
-from bench.static.traffic import Traffic
+from bench.static.byte_counter import ByteCounter
 from mvsplit_ops._cuda.heads import rope_fwd
 from mvsplit_ops._cuda.launch import Launch, Program, pack
 from mvsplit_ops._cuda.swiglu import swiglu_fwd
@@ -19,10 +19,10 @@ struct Args { global<float> in, out; i64 n; };
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs the body of a kernel on 64 threads, or what `launch` says; gives `out`."""
+    """Run the body of a kernel on 64 threads, or as `launch` says, and return `out`."""
 
-    def go(body, values=None, n=64, **launch):
-        cuda_emulator._loaded.clear()  # toy.cu is another file each time
+    def run_body(body, values=None, n=64, **launch):
+        cuda_emulator._loaded.clear()  # each toy.cu is a different kernel
         (tmp_path / "toy.cu").write_text(HEADER + "KERNEL(toy, Args, 128, 1) {" + body + "}")
         emulator = cuda_emulator.Emulator(folder=tmp_path)
         for _ in range(2):  # both orders of the threads
@@ -32,12 +32,12 @@ def run(tmp_path):
             emulator.launch(Program("toy", ()), Launch("toy", **options), (values, out, n))
             runs.append(out)
         first, second = runs[-2:]
-        assert torch.equal(first.nan_to_num(-1), second.nan_to_num(-1)), "the order shows"
-        go.traffic = emulator.traffic
+        assert torch.equal(first.nan_to_num(-1), second.nan_to_num(-1)), "the orders differ"
+        run_body.counter = emulator.counter
         return first
 
     runs = []
-    return go
+    return run_body
 
 
 COPY = "float v = load_one(args.in + tid()); store_one(args.out + tid(), v * 2);"
@@ -45,7 +45,7 @@ COPY = "float v = load_one(args.in + tid()); store_one(args.out + tid(), v * 2);
 
 def test_a_kernel_runs_and_its_bytes_are_counted(run):
     assert torch.equal(run(COPY), torch.arange(64.0) * 2)
-    assert run.traffic == Traffic(256 * 2, 256 * 2, launches=2, tensors=1024)
+    assert run.counter == ByteCounter(256 * 2, 256 * 2, launches=2, tensors=1024)
 
 
 def test_shuffles_reach_every_lane(run):
@@ -66,11 +66,11 @@ def test_a_barrier_orders_shared_memory(run):
     """
     got = run(body.format("barrier_sync();"), shared=256)
     assert torch.equal(got, torch.arange(63.0, -1, -1))
-    with pytest.raises(AssertionError, match="the order shows"):
+    with pytest.raises(AssertionError, match="the orders differ"):
         run(body.format(""), shared=256)
 
 
-def test_shared_memory_and_what_no_thread_writes_are_nan(run):
+def test_shared_memory_and_unwritten_outputs_are_nan(run):
     got = run(
         "if (tid() < 8) store_one(args.out + tid(), ((float*)dynamic_shared())[tid()]);", shared=64
     )
@@ -94,7 +94,7 @@ def test_blocks_of_a_cluster_read_each_other(run):
     assert set(got[:32].tolist()) == {11} and set(got[32:].tolist()) == {10}
 
 
-def test_a_block_that_has_exited_is_not_read(run):
+def test_reading_the_memory_of_a_block_that_has_exited_is_a_fault(run):
     with pytest.raises(cuda_emulator.Fault, match="the block of rank . has exited"):
         run(CLUSTER.format(before="", after=""), grid=2, cluster=2, shared=16)
 
@@ -106,7 +106,7 @@ BULK = """
     barrier_sync();
     if (tid() == 0) {
         mbarrier_arrive_expect_tx(barrier, BYTES);
-        cp_async_bulk_shared_global(s, args.in.at + FROM, 256, barrier);
+        cp_async_bulk_shared_global(s, args.in.address + FROM, 256, barrier);
     }
     WAIT
     store_one(args.out + tid(), s[tid()]);
@@ -118,31 +118,35 @@ def bulk(wait=WAIT, size="256", start="0"):
     return BULK.replace("WAIT", wait).replace("BYTES", size).replace("FROM", start)
 
 
-def test_a_bulk_copy_lands_when_its_barrier_says_so(run):
+def test_a_bulk_copy_finishes_only_at_its_barrier(run):
     assert torch.equal(run(bulk(), shared=272), torch.arange(64.0))
     assert run(bulk("barrier_sync();"), shared=272).isnan().all()
 
 
 FAULTS = {
-    "a read behind a tensor": (
+    "a read after a tensor": (
         COPY.replace("args.in + tid()", "args.in + tid() + 1"),
         {},
-        "block 0, thread 63: ld.global.nc.b32 of 4 bytes, 256 bytes from the beginning",
+        "block 0, thread 63: ld.global.nc.b32 of 4 bytes at offset 256 of tensor 0, which has 256",
     ),
-    "a read before a tensor": ("load_one(args.in + -1);", {}, "-4 bytes from the beginning"),
-    "a write behind a tensor": (
+    "a read before a tensor": ("load_one(args.in + -1);", {}, "at offset -4 of tensor 0"),
+    "a write after a tensor": (
         "store_one(args.out + args.n, 1.f);",
         {},
         "st.global.b32 of 4 bytes",
     ),
-    "no tensor": ("load_one(global<float>{64});", {}, "at an address of no tensor"),
-    "a vector out of line": ("load<4>(args.in + 1);", {}, "at an unaligned address"),
-    "a barrier that not all reach": (
+    "an address outside all tensors": (
+        "load_one(global<float>{64});",
+        {},
+        "at an address outside all tensors",
+    ),
+    "an unaligned vector": ("load<4>(args.in + 1);", {}, "at an unaligned address"),
+    "a barrier that one thread misses": (
         "if (tid() != 40) barrier_sync();",
         {},
         "barrier.sync: block 0, thread 0 waits, block 0, thread 40 has returned",
     ),
-    "a shuffle that not all reach": (
+    "a shuffle that one lane misses": (
         "if (tid() % 32 < 31) shuffle_xor(1.f, 1); else barrier_sync();",
         {},
         "shfl.sync: block 0, thread 0 waits, block 0, thread 31 waits at barrier.sync",
@@ -155,73 +159,73 @@ FAULTS = {
     "shared memory too small": (
         "dynamic_shared()[260] = 1;",
         {"shared": 256},
-        "4 bytes behind its end",
+        "4 bytes after its end",
     ),
     "a tensor written and read through .nc": (
         "store_one(args.in + tid(), load_one(args.in + tid()));",
         {},
         "tensor 0 is written and read through .nc in one launch",
     ),
-    "a barrier that expects more than comes": (
+    "a barrier that expects too many bytes": (
         bulk(size="512"),
         {"shared": 272},
-        "mbarrier.try_wait: block 0, thread 0 waits, and what it waits for never comes",
+        "mbarrier.try_wait: block 0, thread 0 waits forever",
     ),
-    "a bulk copy out of line": (bulk(start="4"), {"shared": 272}, "not 16-byte aligned"),
-    "a bulk copy out of shared memory": (bulk(), {"shared": 256}, "outside the shared memory"),
-    "a barrier that nobody has made": (
+    "an unaligned bulk copy": (bulk(start="4"), {"shared": 272}, "not 16-byte aligned"),
+    "a bulk copy outside shared memory": (bulk(), {"shared": 256}, "outside the shared memory"),
+    "an mbarrier without init": (
         "mbarrier_arrive_expect_tx((u64*)dynamic_shared(), 0);",
         {"shared": 16},
         "used before mbarrier.init",
     ),
-    "another block's memory, too far": (
+    "a read after another block's shared memory": (
         "ld_shared_cluster_b32(mapa_shared_cluster(dynamic_shared() + 64, 0));",
         {"shared": 64},
         "outside the shared memory of the cluster",
     ),
-    "a rank that the cluster has not": (
+    "a rank outside the cluster": (
         "mapa_shared_cluster(dynamic_shared(), 2);",
         {"grid": 2, "cluster": 2},
-        "mapa: rank 2 of 2",
+        "mapa: rank 2 in a cluster of 2",
     ),
-    "more threads than the kernel is made for": ("", {"block": 256}, "made for 128 threads"),
-    "more shared memory than a block has": ("", {"shared": 1 << 20}, "is more than Limits"),
-    "a cluster cut in two": ("", {"grid": 3, "cluster": 2}, "3 blocks are no whole clusters"),
+    "more threads than the kernel takes": ("", {"block": 256}, "takes at most 128 threads"),
+    "more shared memory than a block has": ("", {"shared": 1 << 20}, "exceeds Limits"),
+    "an incomplete cluster": ("", {"grid": 3, "cluster": 2}, "3 blocks are not whole clusters"),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_found_and_named(run, name):
+def test_a_planted_fault_raises_an_error_that_names_it(run, name):
     body, launch, message = FAULTS[name]
     with pytest.raises(cuda_emulator.Fault) as fault:
         run(body, **launch)
     assert message in str(fault.value) and "toy.cu, toy" in str(fault.value)
 
 
-def test_arguments_that_are_not_the_struct(run, tmp_path):
+def test_arguments_of_another_size_than_the_struct_are_a_fault(run, tmp_path):
     run(COPY)
     emulator = cuda_emulator.Emulator(folder=tmp_path)
     with pytest.raises(cuda_emulator.Fault, match="Args has 24 bytes, the launcher packed 16"):
         emulator.launch(Program("toy", ()), Launch("toy", 1, 64), (torch.ones(4), torch.ones(4)))
 
 
-def test_a_kernel_that_does_not_compile_shows_the_line(run):
+def test_a_compile_error_shows_the_command_and_the_line(run):
     with pytest.raises(cuda_emulator.Fault, match=r"g\+\+ [\s\S]*nonsense"):
         run("nonsense;")
 
 
-def test_kernels_see_tensors_through_their_strides():
+def test_kernels_read_strided_tensors():
     memory = torch.randn(5, 96, dtype=torch.bfloat16)
     with cuda_emulator.using() as emulator:
         assert torch.equal(swiglu_fwd(memory[:, :48]), swiglu_fwd(memory[:, :48].contiguous()))
-        assert emulator.traffic.launches == 2
+        assert emulator.counter.launches == 2
         q, cos = torch.randn(2, 3, 4, 32)[:, :, ::2], torch.rand(3, 16)
         assert torch.equal(
             rope_fwd(q, cos, cos, False, False), rope_fwd(q.contiguous(), cos, cos, False, False)
         )
 
 
-def test_packing():
+def test_arguments_are_packed_in_eight_bytes_each():
     t = torch.ones(3)
     packed = pack((t, None, 3, True, 0.5, b"1234"))
     fields = torch.frombuffer(bytearray(packed[:40]), dtype=torch.int64)
@@ -229,8 +233,8 @@ def test_packing():
     assert torch.frombuffer(bytearray(packed[32:40]), dtype=torch.float64).item() == 0.5
 
 
-def test_numbers_are_rounded_as_a_gpu_rounds_them():
-    """bfloat16 and float16 of the emulator against PyTorch's, by a kernel that does nothing."""
+def test_conversions_round_as_on_a_gpu():
+    """bfloat16 and float16 conversions agree with PyTorch's, in a rotation by an angle of 0."""
     special = [0.0, -0.0, 1.0, 65504.0, 65519.0, 1e-8, 6e-8, 5.97e-8, 3e-5, 6.1e-5, 2e-5, -6e4]
     values = torch.cat((torch.tensor(special), torch.randn(4084) * torch.randn(4084).exp()))
     wide, one, zero = values.view(1, 1, -1, 2), torch.ones(1, 1), torch.zeros(1, 1)
@@ -238,5 +242,5 @@ def test_numbers_are_rounded_as_a_gpu_rounds_them():
         x, third = wide.to(dtype), torch.tensor(0.3)
         with cuda_emulator.using():
             assert torch.equal(rope_fwd(x, one, zero, False, False), x)
-            turned = rope_fwd(x, one * third, zero, False, False)
-        assert torch.equal(turned, (x.float() * third).to(dtype))
+            scaled = rope_fwd(x, one * third, zero, False, False)
+        assert torch.equal(scaled, (x.float() * third).to(dtype))

@@ -1,10 +1,11 @@
-"""csrc/cuda on a CPU: the same .cu files compiled as C++, each thread of a GPU a fiber.
+"""Emulator of csrc/cuda on a CPU: the .cu files compiled as C++, with one fiber per GPU thread.
 
     cuda_emulator.install()      # CPU tensors now take backend "cuda"
 
-Everything above a launch is what a GPU gets: mvsplit_ops._cuda's launchers, tables and packed
-arguments. Global accesses are held to the tensors passed in, and their bytes counted; shared memory
-and outputs begin as NaN; a barrier that some thread does not reach is an error that names it.
+Everything above a launch is what a GPU gets: the launchers, tables and packed arguments of
+mvsplit_ops._cuda. Global accesses are checked against the bounds of the tensors that were passed,
+and their bytes are counted. Shared memory and outputs start as NaN. A barrier that some thread does
+not reach raises an error that names the thread.
 """
 
 import contextlib
@@ -15,58 +16,65 @@ import math
 import os
 import subprocess
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from bench.static.byte_counter import Traffic
+from bench.static.byte_counter import ByteCounter
 from mvsplit_ops import _backends
 from mvsplit_ops._cuda import device
-from mvsplit_ops._cuda.launch import LIMITS, Limits, pack
+from mvsplit_ops._cuda.launch import LIMITS, Launch, Limits, Program, pack
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent.parent
 KERNELS = ROOT / "csrc" / "cuda"
+BUILD = ROOT / "build" / "cuda_emulator"
 COMPILE = ("g++", "-std=c++17", "-O2", "-fPIC", "-shared", "-w", "-Wl,-Bsymbolic")
 
 HOPPER, AMPERE = LIMITS["sm_90a"], LIMITS["sm_80"]
 
 
 class Fault(RuntimeError):
-    """A kernel did what a GPU would not forgive."""
+    """A kernel or a launch did something that is an error, or undefined, on a GPU."""
 
 
 @dataclass(eq=False)
 class Emulator:
-    """A Device (mvsplit_ops/_cuda/device.py) for CPU tensors."""
+    """A Device (mvsplit_ops/_cuda/launch.py) for CPU tensors.
+
+    folder  of the .cu files
+    """
 
     limits: Limits = HOPPER
-    traffic: Traffic = field(default_factory=Traffic)
-    folder: Path = KERNELS  # of the .cu files
+    counter: ByteCounter = field(default_factory=ByteCounter)
+    folder: Path = KERNELS
 
-    def holds(self, program, launch):
+    def holds(self, program: Program, launch: Launch) -> bool:
         return True
 
-    def poison(self, t):
-        with _disable_current_modes():  # no operation of the launcher's
+    def poison(self, t: Tensor) -> Tensor:
+        with _disable_current_modes():  # a launcher's operations are counted, this one is not
             return t.fill_(math.nan if t.is_floating_point() else -1)
 
-    def launch(self, program, launch, args):
+    def launch(self, program: Program, launch: Launch, args: tuple) -> None:
         if launch.grid == 0:
             return
-        engine = _engine()
-        library = _library(program, self.limits.architecture, self.folder)
+        engine = _load_engine()
+        library = _load_kernels(program, self.limits.architecture, self.folder)
         entry = getattr(library, launch.kernel)
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
         if not engine.simt_begin():
-            raise Fault("no terabyte of addresses to lay tensors apart; see ulimit -v")
-        places = {}
+            raise Fault("cannot reserve a terabyte of addresses to separate tensors; see ulimit -v")
+        addresses = {}
         for t in tensors:
-            places[id(t)] = engine.simt_place(t.data_ptr(), _span(t))
-            _copy(places[id(t)], t.data_ptr(), t)
-        packed = pack(args, lambda t: places[id(t)])
+            addresses[id(t)] = engine.simt_place(t.data_ptr(), _span(t))
+            _copy(addresses[id(t)], t.data_ptr(), t)
+        packed = pack(args, lambda t: addresses[id(t)])
         self._check(library, program, launch, packed)
         counted = (ctypes.c_uint64 * 2)()
         fault = engine.simt_run(
@@ -76,7 +84,7 @@ class Emulator:
             launch.block,
             max(launch.cluster, 1),
             launch.shared,
-            self.traffic.launches % 2,
+            self.counter.launches % 2,
             counted,
         )
         if fault:
@@ -84,74 +92,75 @@ class Emulator:
             raise Fault(f"{program.source}.cu, {launch.kernel}: {fault.decode()} (tensors {names})")
         for slot, t in enumerate(tensors):
             if engine.simt_written(slot):
-                _copy(t.data_ptr(), places[id(t)], t)
-        self.traffic.read += counted[0]
-        self.traffic.written += counted[1]
-        self.traffic.launched(tensors)
+                _copy(t.data_ptr(), addresses[id(t)], t)
+        self.counter.read += counted[0]
+        self.counter.written += counted[1]
+        self.counter.count_launch(tensors)
 
-    def _check(self, library, program, launch, packed):
-        """What a GPU would refuse, or worse, not refuse."""
+    def _check(self, library: ctypes.CDLL, program: Program, launch: Launch, packed: bytes) -> None:
+        """Raise Fault for a launch that a GPU would refuse, or run with undefined results."""
         expected = ctypes.c_uint.in_dll(library, f"{launch.kernel}_args_bytes").value
         most = ctypes.c_uint.in_dll(library, f"{launch.kernel}_most_threads").value
-        where = f"{program.source}.cu, {launch.kernel}"
+        kernel = f"{program.source}.cu, {launch.kernel}"
         if len(packed) != expected:
-            raise Fault(f"{where}: Args has {expected} bytes, the launcher packed {len(packed)}")
+            raise Fault(f"{kernel}: Args has {expected} bytes, the launcher packed {len(packed)}")
         if launch.block > most:
-            raise Fault(f"{where}: made for {most} threads, launched with {launch.block}")
+            raise Fault(f"{kernel}: takes at most {most} threads, launched with {launch.block}")
         if launch.shared > self.limits.shared or launch.cluster > self.limits.cluster:
-            raise Fault(f"{where}: {launch} is more than {self.limits}")
+            raise Fault(f"{kernel}: {launch} exceeds {self.limits}")
         if launch.grid % max(launch.cluster, 1):
-            raise Fault(f"{where}: {launch.grid} blocks are no whole clusters")
+            raise Fault(
+                f"{kernel}: {launch.grid} blocks are not whole clusters of {launch.cluster}"
+            )
 
 
-def _span(t):
-    """Bytes from the first element of a tensor to its last."""
+def _span(t: Tensor) -> int:
+    """Return the bytes from the first element of a tensor to the end of its last."""
     if t.numel() == 0:
         return 0
     last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
     return (last + 1) * t.element_size()
 
 
-def _copy(to, start, t):
-    """The elements of t, which lie at `start`, to the same places from `to` on."""
+def _copy(target: int, source: int, t: Tensor) -> None:
+    """Copy the elements of t between two addresses of its first element, keeping its strides."""
     if t.is_contiguous():
-        ctypes.memmove(to, start, _span(t))
+        ctypes.memmove(target, source, _span(t))
         return
     *outer, width = t.shape
     steps = [s * t.element_size() for s in t.stride()]
     for index in itertools.product(*map(range, outer)):
-        at = sum(i * s for i, s in zip(index, steps, strict=False))
-        ctypes.memmove(to + at, start + at, width * t.element_size())
+        offset = sum(i * s for i, s in zip(index, steps, strict=False))
+        ctypes.memmove(target + offset, source + offset, width * t.element_size())
 
 
-def _build(name, *command, inputs):
-    """A shared library made once for these inputs, also by many processes at once."""
-    key = hashlib.sha256(repr((COMPILE, command)).encode())
+def _build(name: str, arguments: Sequence[str], inputs: Sequence[Path]) -> Path:
+    """Return a shared library, compiled once for these inputs by any number of processes."""
+    key = hashlib.sha256(repr((COMPILE, arguments)).encode())
     for path in inputs:
         key.update(path.read_bytes())
-    folder = ROOT / "build" / "cuda_emulator"
-    target = folder / f"{name}-{key.hexdigest()[:16]}.so"
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch) / "made.so"
-            line = [*COMPILE, *command, "-o", str(made)]
-            done = subprocess.run(line, capture_output=True, text=True)
-            if done.returncode:
-                raise Fault(f"{' '.join(line)}\n{done.stderr}")
-            os.replace(made, target)
-    return target
+    library = BUILD / f"{name}-{key.hexdigest()[:16]}.so"
+    if not library.exists():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+            output = Path(folder) / "library.so"
+            command = [*COMPILE, *arguments, "-o", str(output)]
+            process = subprocess.run(command, capture_output=True, text=True)
+            if process.returncode:
+                raise Fault(f"{' '.join(command)}\n{process.stderr}")
+            os.replace(output, library)
+    return library
 
 
-_loaded = {}
+_loaded: dict[Any, ctypes.CDLL] = {}
 
 
-def _engine():
+def _load_engine() -> ctypes.CDLL:
     if "engine" not in _loaded:
         sources = HERE / "engine.cpp", HERE / "engine.h"
 
-        # A fiber's longjmp to another stack is what _FORTIFY_SOURCE would refuse.
-        path = _build("engine", "-U_FORTIFY_SOURCE", str(sources[0]), inputs=sources)
+        # _FORTIFY_SOURCE would refuse a fiber's longjmp to another stack.
+        path = _build("engine", ("-U_FORTIFY_SOURCE", str(sources[0])), sources)
         engine = _loaded["engine"] = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         engine.simt_place.argtypes = [ctypes.c_uint64, ctypes.c_uint64]
         engine.simt_place.restype = ctypes.c_uint64
@@ -164,45 +173,44 @@ def _engine():
     return _loaded["engine"]
 
 
-def _library(program, architecture, folder):
+def _load_kernels(program: Program, architecture: str, folder: Path) -> ctypes.CDLL:
     key = program, architecture, folder
     if key not in _loaded:
         source = folder / f"{program.source}.cu"
         headers = [p for p in KERNELS.glob("*.cuh") if p.name != "ptx.cuh"]
-        flags = [f"-D{d}" for d in program.defines]
-        flags += [f"-D__CUDA_ARCH__={architecture.strip('sm_a')}0"]
-        # <ptx.cuh> is ours, every other header the kernels' own.
-        line = (*flags, "-I", str(HERE), "-I", str(KERNELS), "-x", "c++", str(source))
+        defines = [f"-D{d}" for d in program.defines]
+        defines += [f"-D__CUDA_ARCH__={architecture.strip('sm_a')}0"]
+        # <ptx.cuh> is the one in this folder, every other header the kernels' own.
+        arguments = (*defines, "-I", str(HERE), "-I", str(KERNELS), "-x", "c++", str(source))
         inputs = (source, *sorted(headers), HERE / "ptx.cuh", HERE / "engine.h")
-        _loaded[key] = ctypes.CDLL(str(_build(program.source, *line, inputs=inputs)))
+        _loaded[key] = ctypes.CDLL(str(_build(program.source, arguments, inputs)))
     return _loaded[key]
 
 
-def install(limits=HOPPER):
-    """CPU tensors take backend "cuda" from now on; returns the Emulator."""
+def install(limits: Limits = HOPPER) -> Emulator:
+    """Run backend "cuda" of CPU tensors on a new emulator from now on, and return it."""
     emulator = device.installed["cpu"] = Emulator(limits)
-    _forget()
+    _clear_backend_caches()
     return emulator
 
 
-def _forget():
-    """What was found out about the backends before."""
+def _clear_backend_caches() -> None:
     _backends.missing.cache_clear()
     _backends.kernel.cache_clear()
 
 
 @contextlib.contextmanager
-def absent():
-    """Within the block, CPU tensors do not take backend "cuda", as where nothing is installed."""
+def absent() -> Iterator[None]:
+    """Remove the emulator in the block: CPU tensors then have no backend "cuda"."""
     with using():
         device.installed.pop("cpu")
-        _forget()
+        _clear_backend_caches()
         yield
 
 
 @contextlib.contextmanager
-def using(limits=HOPPER):
-    """Within the block, kernels on CPU tensors run on an Emulator of its own."""
+def using(limits: Limits = HOPPER) -> Iterator[Emulator]:
+    """Run kernels on CPU tensors in the block on a new emulator, and restore the earlier one."""
     before = device.installed.get("cpu")
     try:
         yield install(limits)
@@ -210,12 +218,12 @@ def using(limits=HOPPER):
         device.installed.pop("cpu", None)
         if before is not None:
             device.installed["cpu"] = before
-        _forget()
+        _clear_backend_caches()
 
 
 @contextlib.contextmanager
-def counting(traffic):
-    """Within the block CPU tensors take backend "cuda"; its bytes are added to `traffic`."""
+def count_bytes(counter: ByteCounter) -> Iterator[ByteCounter]:
+    """Emulate backend "cuda" of CPU tensors in the block; `counter` receives its bytes."""
     with using() as emulator:
-        emulator.traffic = traffic
-        yield traffic
+        emulator.counter = counter
+        yield counter

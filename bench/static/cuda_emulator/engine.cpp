@@ -1,8 +1,8 @@
-// Runs a kernel on CPU memory: blocks of a cluster at once, clusters one after the other.
+// Runs a kernel on CPU memory: the blocks of a cluster concurrently, one cluster after the other.
 //
-// A fiber runs until it must wait; then the next one does. So threads meet only at barriers, and a
-// thread that reads what another has not yet been made to write finds poison. Launches run their
-// fibers forwards and backwards in turn: a barrier that is missing is then seen from both sides.
+// A fiber runs until it must wait; then the next one runs. Threads synchronize only at barriers, so
+// a thread that reads before another was forced to write finds poison. Launches run their fibers in
+// ascending and descending order in turn, which exposes a missing barrier in both directions.
 #include "engine.h"
 
 #include <sys/mman.h>
@@ -18,11 +18,11 @@
 namespace simt {
 namespace {
 
-constexpr u64 SLOT = 16ull << 30;  // a tensor's own 16 GiB of addresses: nothing lies beside it
+constexpr u64 SLOT = 16ull << 30;  // addresses reserved per tensor, so that no other is near
 constexpr u32 SLOTS = 64;
 constexpr u32 RANKS = 16;
 constexpr u32 BLOCK_SHARED = 512 << 10;
-constexpr u32 CANARY = 4096;  // behind the shared memory that a launch has asked for
+constexpr u32 CANARY = 4096;  // bytes checked after the shared memory of a launch
 constexpr size_t STACK = 64 << 10;
 constexpr int POISON = 0xff;  // NaN in every type
 constexpr int INTACT = 0xcd;
@@ -31,30 +31,30 @@ struct Tensor {
     u64 begin, end;
     bool read, written;
 };
-// Those who wait for each other: the threads of a block or of a cluster, the lanes of a warp.
-struct Meeting {
-    const char* what;
+// A barrier for the threads of a block or of a cluster, or the lanes of a warp.
+struct Barrier {
+    const char* name;
     u32 expected, arrived;
     u64 round;
 };
 struct Warp {
-    Meeting shuffle;
-    u32 given[2][32];
+    Barrier shuffle;
+    u32 values[2][32];
 };
 struct Copy {
     void* to;
     u64 from;
     u32 bytes;
-    bool counted;  // by the bytes that its barrier expects
+    bool counted;  // subtracted from the bytes that its barrier expects
 };
 struct MBarrier {
-    u32 arrivals, pending, after_copies;  // arrivals that wait for copies to land
+    u32 arrivals, pending, after_copies;  // after_copies: arrivals once the copies complete
     long long bytes;
     u64 phase;
     std::vector<Copy> copies;
 };
 struct Block {
-    Meeting barrier;
+    Barrier barrier;
     std::vector<Warp> warps;
     std::map<u64*, MBarrier> mbarriers;
     u32 running;
@@ -65,17 +65,17 @@ struct Fiber {
     bool started, done;
     Place place;
     Block* block;
-    const u64* counter;  // it waits until this is no longer `value`
+    const u64* counter;  // the fiber waits while *counter == value
     u64 value, cluster_round;
     const char* waits_for;
-    std::vector<Copy> copies;  // begun, and of no barrier yet
+    std::vector<Copy> copies;  // started, without a barrier yet
 };
 
 char *tensor_memory, *shared_memory, *stacks;
 std::vector<Tensor> tensors;
 std::vector<Fiber> fibers;
 std::vector<Block> blocks;
-Meeting cluster;
+Barrier cluster;
 Fiber* self;
 u32 shared_bytes, threads;
 u64 bytes_read, bytes_written;
@@ -96,17 +96,17 @@ std::string name(const Fiber& f) {
     return "block " + std::to_string(f.place.block) + ", thread " + std::to_string(f.place.thread);
 }
 
-void wait(const u64* counter, u64 value, const char* what) {
+void wait(const u64* counter, u64 value, const char* barrier) {
     while (*counter == value) {
-        self->counter = counter, self->value = value, self->waits_for = what;
+        self->counter = counter, self->value = value, self->waits_for = barrier;
         if (!_setjmp(self->context)) _longjmp(scheduler, 1);
     }
     self->counter = nullptr;
 }
 
-u64 arrive(Meeting& m) {
-    u64 round = m.round;
-    if (++m.arrived == m.expected) m.arrived = 0, ++m.round;
+u64 arrive(Barrier& b) {
+    u64 round = b.round;
+    if (++b.arrived == b.expected) b.arrived = 0, ++b.round;
     return round;
 }
 
@@ -125,8 +125,8 @@ __attribute__((noinline)) void resume(Fiber* f) {
     setcontext(&f->start);
 }
 
-// Nobody can go on: who waits, and who is not there.
-[[noreturn]] void stuck() {
+// Reports a deadlock: a waiting thread, and one that does not reach its barrier.
+[[noreturn]] void report_deadlock() {
     const Fiber* waiting = nullptr;
     for (const Fiber& f : fibers)
         if (!f.done) {
@@ -134,49 +134,48 @@ __attribute__((noinline)) void resume(Fiber* f) {
             break;
         }
     for (const Fiber& f : fibers) {
-        bool together = f.block == waiting->block || waiting->counter == &cluster.round;
-        if (!together || (!f.done && f.counter == waiting->counter)) continue;
-        std::string where = f.done ? "has returned" : std::string("waits at ") + f.waits_for;
+        bool same_barrier = f.block == waiting->block || waiting->counter == &cluster.round;
+        if (!same_barrier || (!f.done && f.counter == waiting->counter)) continue;
+        std::string state = f.done ? "has returned" : std::string("waits at ") + f.waits_for;
         self = nullptr;
         fail("%s: %s waits, %s %s", waiting->waits_for, name(*waiting).c_str(), name(f).c_str(),
-             where.c_str());
+             state.c_str());
     }
     self = nullptr;
-    fail("%s: %s waits, and what it waits for never comes", waiting->waits_for,
-         name(*waiting).c_str());
+    fail("%s: %s waits forever", waiting->waits_for, name(*waiting).c_str());
 }
 
 MBarrier& mbarrier_of(u64* barrier) {
-    auto found = self->block->mbarriers.find(barrier);
-    if (found == self->block->mbarriers.end()) fail("mbarrier: used before mbarrier.init");
-    return found->second;
+    auto entry = self->block->mbarriers.find(barrier);
+    if (entry == self->block->mbarriers.end()) fail("mbarrier: used before mbarrier.init");
+    return entry->second;
 }
 
-void complete(MBarrier& m) {
+void complete_phase(MBarrier& m) {
     if (m.pending || m.bytes) return;
     m.pending = m.arrivals;
     ++m.phase;
 }
 
-bool land(MBarrier& m) {
+bool finish_copies(MBarrier& m) {
     if (m.copies.empty() && !m.after_copies) return false;
     for (const Copy& copy : m.copies) {
         memcpy(copy.to, (const void*)copy.from, copy.bytes);
         if (copy.counted) m.bytes -= copy.bytes;
     }
     m.copies.clear();
-    if (m.after_copies > m.pending) fail("mbarrier: more arrivals than it was made for");
+    if (m.after_copies > m.pending) fail("mbarrier: more arrivals than mbarrier.init expects");
     m.pending -= m.after_copies;
     m.after_copies = 0;
-    complete(m);
+    complete_phase(m);
     return true;
 }
 
-// When nobody can go on without them: the copies that were begun after their waiters had come.
-bool land_all() {
+// Finishes the copies that started after their waiters arrived; called when no fiber can run.
+bool finish_all_copies() {
     bool any = false;
     for (Block& block : blocks)
-        for (auto& entry : block.mbarriers) any |= land(entry.second);
+        for (auto& entry : block.mbarriers) any |= finish_copies(entry.second);
     return any;
 }
 
@@ -208,18 +207,18 @@ void set_up(u32 first_block, u32 grid, u32 ranks) {
     }
 }
 
-void run_cluster(bool backwards) {
+void run_cluster(bool descending) {
     u32 count = fibers.size(), left = count;
     while (left) {
         bool moved = false;
         for (u32 i = 0; i < count; ++i) {
-            Fiber& f = fibers[backwards ? count - 1 - i : i];
+            Fiber& f = fibers[descending ? count - 1 - i : i];
             if (f.done || (f.counter && *f.counter == f.value)) continue;
             resume(&f);
             moved = true;
             left -= f.done;
         }
-        if (!moved && !land_all()) stuck();
+        if (!moved && !finish_all_copies()) report_deadlock();
     }
 }
 
@@ -228,7 +227,7 @@ void check_after(u32 ranks) {
     for (u32 rank = 0; rank < ranks; ++rank)
         for (u32 i = 0; i < CANARY; ++i)
             if (shared_of_rank(rank)[shared_bytes + i] != (char)INTACT)
-                fail("shared memory written %u bytes behind its end", i);
+                fail("shared memory written %u bytes after its end", i);
     for (size_t i = 0; i < tensors.size(); ++i)
         if (tensors[i].read && tensors[i].written)
             fail("tensor %zu is written and read through .nc in one launch", i);
@@ -237,11 +236,11 @@ void check_after(u32 ranks) {
 Tensor& tensor_at(u64 at, u32 bytes, const char* instruction) {
     u64 slot = (at - (u64)tensor_memory) / SLOT;
     if (at < (u64)tensor_memory || slot >= tensors.size())
-        fail("%s at an address of no tensor", instruction);
+        fail("%s at an address outside all tensors", instruction);
     Tensor& t = tensors[slot];
     if (at < t.begin || at + bytes > t.end)
-        fail("%s of %u bytes, %lld bytes from the beginning of tensor %llu, which has %llu",
-             instruction, bytes, (long long)(at - t.begin), slot, t.end - t.begin);
+        fail("%s of %u bytes at offset %lld of tensor %llu, which has %llu bytes", instruction,
+             bytes, (long long)(at - t.begin), slot, t.end - t.begin);
     if (at % (bytes < 16 ? bytes : 16)) fail("%s at an unaligned address", instruction);
     return t;
 }
@@ -274,9 +273,10 @@ void* writes(u64 at, u32 bytes, const char* instruction) {
 
 char* shared() { return shared_of_rank(self->place.rank); }
 
-char* shared_of(const void* mine, u32 rank) {
-    if (rank >= self->place.ranks) fail("mapa: rank %u of %u", rank, self->place.ranks);
-    return shared_of_rank(rank) + ((const char*)mine - shared());
+char* shared_of(const void* own, u32 rank) {
+    if (rank >= self->place.ranks)
+        fail("mapa: rank %u in a cluster of %u", rank, self->place.ranks);
+    return shared_of_rank(rank) + ((const char*)own - shared());
 }
 
 const void* remote(const char* at, u32 bytes, const char* instruction) {
@@ -290,19 +290,19 @@ const void* remote(const char* at, u32 bytes, const char* instruction) {
 }
 
 void block_barrier() {
-    Meeting& m = self->block->barrier;
-    wait(&m.round, arrive(m), m.what);
+    Barrier& b = self->block->barrier;
+    wait(&b.round, arrive(b), b.name);
 }
 
 void cluster_arrive() { self->cluster_round = arrive(cluster); }
-void cluster_wait() { wait(&cluster.round, self->cluster_round, cluster.what); }
+void cluster_wait() { wait(&cluster.round, self->cluster_round, cluster.name); }
 
 u32 exchange(u32 value, u32 lane) {
     Warp& warp = self->block->warps[self->place.thread / 32];
-    u32* given = warp.given[warp.shuffle.round & 1];
-    given[self->place.thread % 32] = value;
-    wait(&warp.shuffle.round, arrive(warp.shuffle), warp.shuffle.what);
-    return given[lane];
+    u32* values = warp.values[warp.shuffle.round & 1];
+    values[self->place.thread % 32] = value;
+    wait(&warp.shuffle.round, arrive(warp.shuffle), warp.shuffle.name);
+    return values[lane];
 }
 
 void mbarrier_init(u64* barrier, u32 arrivals) {
@@ -311,20 +311,20 @@ void mbarrier_init(u64* barrier, u32 arrivals) {
 
 void mbarrier_arrive(u64* barrier, u32 bytes) {
     MBarrier& m = mbarrier_of(barrier);
-    if (!m.pending) fail("mbarrier: more arrivals than it was made for");
+    if (!m.pending) fail("mbarrier: more arrivals than mbarrier.init expects");
     m.bytes += bytes;
     --m.pending;
-    complete(m);
+    complete_phase(m);
 }
 
-// A copy lands as late as it may: when somebody waits for it.
+// A copy finishes as late as it may: when a thread waits for it.
 void mbarrier_wait(u64* barrier, u32 parity) {
     MBarrier& m = mbarrier_of(barrier);
-    land(m);
+    finish_copies(m);
     if ((m.phase & 1) == parity) wait(&m.phase, m.phase, "mbarrier.try_wait");
 }
 
-static Copy begin_copy(void* to, u64 from, u32 bytes, bool counted, const char* instruction) {
+static Copy start_copy(void* to, u64 from, u32 bytes, bool counted, const char* instruction) {
     if (bytes % 16 || from % 16 || (u64)to % 16) fail("%s: not 16-byte aligned", instruction);
     remote((char*)to, 16, instruction);
     remote((char*)to + bytes - 16, 16, instruction);
@@ -333,11 +333,11 @@ static Copy begin_copy(void* to, u64 from, u32 bytes, bool counted, const char* 
 }
 
 void copy_bulk(void* to, u64 from, u32 bytes, u64* barrier) {
-    mbarrier_of(barrier).copies.push_back(begin_copy(to, from, bytes, true, "cp.async.bulk"));
+    mbarrier_of(barrier).copies.push_back(start_copy(to, from, bytes, true, "cp.async.bulk"));
 }
 
 void copy_async(void* to, u64 from, u32 bytes) {
-    self->copies.push_back(begin_copy(to, from, bytes, false, "cp.async"));
+    self->copies.push_back(start_copy(to, from, bytes, false, "cp.async"));
 }
 
 void mbarrier_arrive_after(u64* barrier) {
@@ -353,7 +353,7 @@ using namespace simt;
 
 extern "C" {
 
-// 0: the addresses, of which little is ever touched, cannot be had.
+// Returns 0 if the addresses, few of which are ever touched, cannot be reserved.
 int simt_begin() {
     if (!stacks) {
         tensor_memory = reserve(SLOT * SLOTS);
@@ -364,7 +364,7 @@ int simt_begin() {
     return tensor_memory && shared_memory && stacks;
 }
 
-// A slot for `bytes`, as far from a 256-byte boundary as `from`; 0: there is none.
+// Returns a place for `bytes` with the same offset from a 256-byte boundary as `from`, or 0.
 u64 simt_place(u64 from, u64 bytes) {
     if (tensors.size() == SLOTS || bytes > SLOT - 4096) return 0;
     u64 begin = (u64)tensor_memory + tensors.size() * SLOT + 1024 + from % 256;
@@ -374,9 +374,9 @@ u64 simt_place(u64 from, u64 bytes) {
 
 int simt_written(u32 slot) { return tensors[slot].written; }
 
-// Null, or what went wrong; counted: bytes read and written.
+// Returns null, or the fault. counted receives the bytes read and written.
 const char* simt_run(void (*entry)(const void*), const void* args, u32 grid, u32 block, u32 ranks,
-                     u32 shared, int backwards, u64* counted) {
+                     u32 shared, int descending, u64* counted) {
     kernel = entry, arguments = args, threads = block, shared_bytes = shared;
     bytes_read = bytes_written = 0;
     fibers.resize(ranks * block);
@@ -385,11 +385,11 @@ const char* simt_run(void (*entry)(const void*), const void* args, u32 grid, u32
     self = nullptr;
     if (_setjmp(abandoned)) return message.c_str();
     if (ranks > RANKS || block > 1024 || shared + CANARY > BLOCK_SHARED || block % 32)
-        fail("a launch of %u threads, %u blocks a cluster, %u bytes", block, ranks, shared);
+        fail("cannot launch %u threads, %u blocks per cluster, %u bytes", block, ranks, shared);
     for (u32 i = 0; i < grid / ranks; ++i) {
-        u32 unit = backwards ? grid / ranks - 1 - i : i;
+        u32 unit = descending ? grid / ranks - 1 - i : i;
         set_up(unit * ranks, grid, ranks);
-        run_cluster(backwards);
+        run_cluster(descending);
         check_after(ranks);
     }
     counted[0] = bytes_read, counted[1] = bytes_written;

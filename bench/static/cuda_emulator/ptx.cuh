@@ -1,4 +1,4 @@
-// csrc/cuda/ptx.cuh for a CPU: the same names, each done by the engine or in plain C++.
+// csrc/cuda/ptx.cuh for a CPU: the same functions, by means of the engine or plain C++.
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -57,7 +57,7 @@ DEVICE u32 mov_b32(float v) { return simt::bits_of<u32>(&v); }
 DEVICE double mov_f64(u64 bits) { return simt::bits_of<double>(&bits); }
 DEVICE u64 mov_b64(double v) { return simt::bits_of<u64>(&v); }
 
-// To nearest, a tie to even.
+// Round to nearest, ties to even.
 DEVICE u32 to_bf16(float v) {
     u32 bits = mov_b32(v);
     if (v != v) return 0x7fff;
@@ -102,7 +102,7 @@ DEVICE u32 cluster_ctarank() { return simt::here().rank; }
 DEVICE u32 cluster_nctarank() { return simt::here().ranks; }
 DEVICE void barrier_cluster_arrive_release() { simt::cluster_arrive(); }
 DEVICE void barrier_cluster_wait_acquire() { simt::cluster_wait(); }
-// 32 bits name a place in the shared memory of a cluster: its distance from this block's.
+// A 32-bit address in the shared memory of a cluster is the offset from this block's.
 DEVICE u32 mapa_shared_cluster(const void* p, u32 rank) {
     return (u32)(simt::shared_of(p, rank) - simt::shared());
 }
