@@ -1,17 +1,23 @@
-// Rotation and RMSNorm of head rows: the shared body of rope.cpp, qk_norm.cpp and rope_qk_norm.cpp.
+// Rotation and RMSNorm of head rows, shared by rope.cpp, qk_norm.cpp and rope_qk_norm.cpp.
 //
-// R is the rotation of the pairs (i, i + Dh/2) by theta, or by -theta when inverse:
+// R rotates the pairs (i, i + Dh/2) by theta, or by -theta if `conjugate` is set:
 //     o1 = x1*cos - x2*sin     o2 = x2*cos + x1*sin
 // Rotation first:  y = w * n,  n = R x * rstd.     Norm first:  y = R (w * n),  n = x * rstd.
-// Tables need not be unit (YaRN scales them, bfloat16 rounds them):
+// cos^2 + sin^2 need not be 1 (YaRN scales the tables, bfloat16 rounds them):
 //     |R p|^2 = (cos^2 + sin^2) |p|^2.
 // Backward: g = dy (rotation first) or R^T dy (norm first), dw = sum g*n, g *= w,
 //     d = rstd * (g - n * mean(g*n)),  dx = R^T d (rotation first) or d (norm first).
-// Rotation first and no weight: n is the output, so backward reads dy, y and rstd. Else x is kept.
+// With rotation first and no weight n is the output, so backward reads dy, y and rstd. Otherwise
+// forward saves x, and backward computes n again.
 //
-// Bytes, in N*H*Dh*sizeof(T) per tensor: forward 2 (x, y), backward 3 (dy, kept, dx). A row of Dh
-// elements is read twice, the second time from L1; a token's cos and sin serve all heads of q, k.
-// Interleaved pairs (2i, 2i+1) are brought into halves in L1 on the way in and back on the way out.
+// Bytes, in N*H*Dh*sizeof(T) per tensor: forward must move 2 (x, y), backward 3 (dy, x or y, dx);
+// the kernels move exactly that. The second sweep over a row of Dh elements reads L1, and the cos
+// and sin of a token are read once for all heads of q and k. Interleaved pairs (2i, 2i+1) are
+// rearranged into halves in L1 before the row is computed, and back afterwards.
+//
+// Launch: at::parallel_for over tasks of 32 tokens forward, of rows_per_task() tokens backward.
+// Preconditions: the elements of a token (heads, Dh) are contiguous; Dh is even.
+// Deterministic: each task leaves one partial row of dw, and the partial rows are added in order.
 #pragma once
 
 #include "kernels.h"
@@ -23,11 +29,11 @@ namespace {
 
 enum class Op { rope, qk_norm, rope_qk_norm };
 
-// All that one row needs, with its types.
+// Tables and weight of one row.
 template <class T>
 struct HeadRow {
     const acc_t<T>* cos;
-    const acc_t<T>* sin;      // negated when the rotation is inverse
+    const acc_t<T>* sin;      // negated if `conjugate`
     const acc_t<T>* squares;  // cos^2 + sin^2
     int64_t half;
     const acc_t<T>* weight;
@@ -58,8 +64,8 @@ Pair<T> load_pair_acc(const acc_t<T>* x, int64_t i, int64_t half, Count n) {
     return {load_acc<T>(x + i, n), load_acc<T>(x + half + i, n)};
 }
 
-// Half a row is C full chunks when C > 0 (Dh 64, 128, 256), any number when C is 0: a loop of known
-// length is unrolled, and what it loads stays in registers from one sweep to the next.
+// Loop over half a row: C full chunks if C > 0 (Dh 64, 128, 256), else any length. A loop of known
+// length is unrolled, so that its values stay in registers from one sweep to the next.
 template <class T, int C, class F>
 void for_half(int64_t half, const F& f) {
     if constexpr (C == 0) {
@@ -70,11 +76,11 @@ void for_half(int64_t half, const F& f) {
     }
 }
 
-// A row of activations for two sweeps.
+// A row of activations that is swept twice. If C > 0, it is loaded once into registers.
 template <class T, int C>
-class Loaded {
+class RegisterRow {
   public:
-    Loaded(const T* x, int64_t half) : x_(x), half_(half) {
+    RegisterRow(const T* x, int64_t half) : x_(x), half_(half) {
         if constexpr (C > 0)
             for_half<T, C>(
                 half, [&](int64_t i, auto n) { pairs_[i / kChunk<T>] = load_pair(x, i, half, n); });
@@ -96,7 +102,7 @@ class Loaded {
 
 template <class T, Op op, bool norm_first, int C>
 MVSPLIT_ROW void forward_row(const T* x, T* y, acc_t<T>* rstd, const HeadRow<T>& h, double eps) {
-    const Loaded<T, C> row(x, h.half);
+    const RegisterRow<T, C> row(x, h.half);
     Acc<T> scale(1);
     if constexpr (op != Op::rope) {
         Acc<T> squares(0);
@@ -112,25 +118,25 @@ MVSPLIT_ROW void forward_row(const T* x, T* y, acc_t<T>* rstd, const HeadRow<T>&
     }
     for_half<T, C>(h.half, [&](int64_t i, auto n) {
         Pair<T> p = row(i, n);
-        const auto weigh = [&] {
+        const auto multiply_weight = [&] {
             if (!h.weight) return;
             const Pair<T> w = load_pair_acc<T>(h.weight, i, h.half, n);
             p = {p.a * w.a, p.b * w.b};
         };
         if constexpr (op != Op::rope) p = {p.a * scale, p.b * scale};
-        if constexpr (op != Op::rope && norm_first) weigh();
+        if constexpr (op != Op::rope && norm_first) multiply_weight();
         if constexpr (op != Op::qk_norm)
             p = rotate<T>(p, load_acc<T>(h.cos + i, n), load_acc<T>(h.sin + i, n));
-        if constexpr (op != Op::rope && !norm_first) weigh();
+        if constexpr (op != Op::rope && !norm_first) multiply_weight();
         store(y + i, p.a, n);
         store(y + h.half + i, p.b, n);
     });
 }
 
-// Rotation first, no weight: n is y.
+// Backward of rotation first without a weight, where n is y.
 template <class T, Op op, int C>
 MVSPLIT_ROW void backward_row(const T* dy, const T* y, acc_t<T> rstd, T* dx, const HeadRow<T>& h) {
-    const Loaded<T, C> g(dy, h.half), k(y, h.half);
+    const RegisterRow<T, C> g(dy, h.half), k(y, h.half);
     Acc<T> dots(0);
     for_half<T, C>(h.half, [&](int64_t i, auto n) {
         const Pair<T> p = g(i, n), q = k(i, n);
@@ -147,7 +153,7 @@ MVSPLIT_ROW void backward_row(const T* dy, const T* y, acc_t<T> rstd, T* dx, con
     });
 }
 
-// Otherwise x is kept and n computed again. `scratch` holds 4*half elements, g and n.
+// Backward of all other cases: n is computed from x. `scratch` holds g and n, 4*half elements.
 template <class T, Op op, bool norm_first>
 MVSPLIT_ROW void backward_from_x_row(const T* dy, const T* x, acc_t<T> rstd, T* dx,
                                      acc_t<T>* dweight, acc_t<T>* scratch, const HeadRow<T>& h) {
@@ -168,11 +174,11 @@ MVSPLIT_ROW void backward_from_x_row(const T* dy, const T* x, acc_t<T> rstd, T* 
         k = {k.a * r, k.b * r};
         if (h.weight) {
             const Pair<T> w = load_pair_acc<T>(h.weight, i, half, n);
-            acc_t<T>* lost = dweight + 2 * half;
-            for (const auto& [at, term] :
+            acc_t<T>* compensation = dweight + 2 * half;
+            for (const auto& [column, term] :
                  {std::pair{i, g.a * k.a}, std::pair{half + i, g.b * k.b}}) {
-                auto dw = load_compensated<T>(dweight + at, lost + at, n);
-                store_compensated<T>(dweight + at, lost + at, dw += term, n);
+                auto dw = load_sum<T>(dweight + column, compensation + column, n);
+                store_sum<T>(dweight + column, compensation + column, dw += term, n);
             }
             g = {g.a * w.a, g.b * w.b};
         }
@@ -191,7 +197,7 @@ MVSPLIT_ROW void backward_from_x_row(const T* dy, const T* x, acc_t<T> rstd, T* 
     });
 }
 
-// (x0, y0, x1, y1, ..) -> (x0, x1, .. | y0, y1, ..) and back.
+// (x0, y0, x1, y1, ...) -> (x0, x1, ... | y0, y1, ...), and its inverse to_pairs.
 template <class T>
 void to_halves(const T* in, T* out, int64_t half) {
     for (int64_t i = 0; i < half; ++i) out[i] = in[2 * i], out[half + i] = in[2 * i + 1];
@@ -202,7 +208,7 @@ void to_pairs(const T* in, T* out, int64_t half) {
     for (int64_t i = 0; i < half; ++i) out[2 * i] = in[i], out[2 * i + 1] = in[half + i];
 }
 
-// Runs task(token range, task index) over N tokens in tasks of a fixed size.
+// Call task(first token, end, task index) for N tokens in tasks of `rows` tokens.
 template <class F>
 void for_token_tasks(int64_t N, int64_t rows, const F& task) {
     at::parallel_for(0, at::divup(N, rows), 1, [&](int64_t begin, int64_t end) {
@@ -210,14 +216,14 @@ void for_token_tasks(int64_t N, int64_t rows, const F& task) {
     });
 }
 
-// The table rows of one token; what is derived from them is computed once per token, not per head.
+// The table rows of one token and the values derived from them, computed once for all heads.
 template <class T>
 class TokenTables {
   public:
     TokenTables(const HeadArgs& a)
-        : a_(a), negated_(a.rotation.inverse ? a.Dh / 2 : 0), squares_(a.Dh / 2) {}
+        : a_(a), negated_(a.rotation.conjugate ? a.Dh / 2 : 0), squares_(a.Dh / 2) {}
 
-    void at(int64_t row, HeadRow<T>* h) {
+    void set_row(int64_t row, HeadRow<T>* h) {
         if (!a_.rotation.cos) return;
         const Rotation& r = a_.rotation;
         const int64_t offset = row / a_.T * r.batch_stride + row % a_.T * r.row_stride;
@@ -226,7 +232,7 @@ class TokenTables {
         for (int64_t i = 0; i < h->half; ++i)
             squares_[i] = h->cos[i] * h->cos[i] + h->sin[i] * h->sin[i];
         h->squares = squares_.data();
-        if (!r.inverse) return;
+        if (!r.conjugate) return;
         for (int64_t i = 0; i < h->half; ++i) negated_[i] = -h->sin[i];
         h->sin = negated_.data();
     }
@@ -236,7 +242,7 @@ class TokenTables {
     std::vector<acc_t<T>> negated_, squares_;
 };
 
-// A weight in the order of the halves.
+// Return a weight in the order of halves.
 template <class T>
 std::vector<acc_t<T>> weight_in_halves(const HeadArgs& a, const void* weight) {
     const auto* w = static_cast<const acc_t<T>*>(weight);
@@ -246,8 +252,8 @@ std::vector<acc_t<T>> weight_in_halves(const HeadArgs& a, const void* weight) {
     return out;
 }
 
-// f(the C of for_half): full chunks in half a row, for the type and the instruction sets of
-// training.
+// Call f with the C of for_half as a constant. Only bfloat16 with AVX2 or AVX-512, the case of
+// training, is specialised.
 template <class T, class F>
 void with_chunks([[maybe_unused]] int64_t half, const F& f) {
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
@@ -268,9 +274,9 @@ void forward_chunked(const HeadArgs& a) {
     for_token_tasks(a.B * a.T, 32, [&](int64_t begin, int64_t end, int64_t) {
         TokenTables<T> tables(a);
         HeadRow<T> h{nullptr, nullptr, nullptr, a.Dh / 2, nullptr};
-        std::vector<T> in(a.Dh), out(a.Dh);  // used by interleaved pairs only
+        std::vector<T> in(a.Dh), out(a.Dh);  // only for interleaved pairs
         for (int64_t row = begin; row < end; ++row) {
-            tables.at(row, &h);
+            tables.set_row(row, &h);
             for (int i = 0; i < a.count; ++i) {
                 const Heads& p = a.parts[i];
                 const T* x = static_cast<const T*>(p.in.data) + row * p.in.stride;
@@ -299,8 +305,7 @@ void forward(const HeadArgs& a) {
 template <class T, Op op, bool norm_first, int C>
 void backward_chunked(const HeadArgs& a) {
     const int64_t N = a.B * a.T, rows = rows_per_task(N), tasks = at::divup(N, rows);
-    std::vector<acc_t<T>> weights[2],
-        partials[2];  // partials: dweight and its compensation per task
+    std::vector<acc_t<T>> weights[2], partials[2];  // per task: dweight and its compensation
     for (int i = 0; i < a.count; ++i) {
         weights[i] = weight_in_halves<T>(a, a.parts[i].weight);
         if (a.parts[i].weight) partials[i].assign(tasks * 2 * a.Dh, 0);
@@ -309,14 +314,14 @@ void backward_chunked(const HeadArgs& a) {
         TokenTables<T> tables(a);
         HeadRow<T> h{nullptr, nullptr, nullptr, a.Dh / 2, nullptr};
         std::vector<acc_t<T>> scratch(2 * a.Dh);
-        std::vector<T> halves(3 * a.Dh);  // used by interleaved pairs only
+        std::vector<T> halves(3 * a.Dh);  // only for interleaved pairs
         T *g2 = halves.data(), *k2 = g2 + a.Dh, *d2 = k2 + a.Dh;
         for (int64_t row = begin; row < end; ++row) {
-            tables.at(row, &h);
+            tables.set_row(row, &h);
             for (int i = 0; i < a.count; ++i) {
                 const Heads& p = a.parts[i];
                 const T* dy = static_cast<const T*>(p.in.data) + row * p.in.stride;
-                const T* kept = static_cast<const T*>(p.kept.data) + row * p.kept.stride;
+                const T* saved = static_cast<const T*>(p.saved.data) + row * p.saved.stride;
                 T* dx = static_cast<T*>(p.out.data) + row * p.out.stride;
                 const auto* rstd = static_cast<const acc_t<T>*>(p.rstd) + row * p.heads;
                 acc_t<T>* dweight = p.weight ? partials[i].data() + task * 2 * a.Dh : nullptr;
@@ -328,12 +333,12 @@ void backward_chunked(const HeadArgs& a) {
                     else
                         backward_row<T, op, C>(g, k, r, d, h);
                 };
-                for (int64_t j = 0; j < p.heads; ++j, dy += a.Dh, kept += a.Dh, dx += a.Dh) {
+                for (int64_t j = 0; j < p.heads; ++j, dy += a.Dh, saved += a.Dh, dx += a.Dh) {
                     if (!a.rotation.interleaved) {
-                        one_row(dy, kept, dx, rstd[j]);
+                        one_row(dy, saved, dx, rstd[j]);
                         continue;
                     }
-                    to_halves(dy, g2, h.half), to_halves(kept, k2, h.half);
+                    to_halves(dy, g2, h.half), to_halves(saved, k2, h.half);
                     one_row(g2, k2, d2, rstd[j]);
                     to_pairs(d2, dx, h.half);
                 }

@@ -1,9 +1,11 @@
-// What a CPU kernel takes and where it is found. The kernels themselves are compiled once per
-// instruction set (setup.py); `kernels()` in module.cpp picks one at run time.
+// Arguments of the CPU kernels and the table of their entry points.
+//
+// The kernels are compiled once per instruction set (setup.py); host/instruction_set.cpp chooses
+// one of the tables at run time.
 //
 // B batch, T tokens, D width, H heads, Dh head width, F SwiGLU width, S segments, N = B*T.
-// Pointers are void because every kernel serves float, bfloat16, half and double; "acc" says that
-// the data are float, or double when the activations are double.
+// Pointers are void because every kernel serves float, bfloat16, half and double. "acc" marks data
+// of the accumulator dtype: double if the activations are double, else float.
 #pragma once
 
 #include <c10/core/ScalarType.h>
@@ -12,27 +14,27 @@
 
 namespace mvsplit {
 
-// Rows of one tensor: row r starts at data + r * stride elements; a row itself is contiguous.
+// Rows of one tensor: row r starts at data + r * stride elements and is contiguous.
 struct Rows {
     void* data = nullptr;
     int64_t stride = 0;
 };
 
-// Rotation of pairs, common to rope and rope_qk_norm. Tables are acc.
+// Rotation of pairs, used by rope and rope_qk_norm. The tables are acc.
 struct Rotation {
     const void* cos = nullptr;  // row of token t of sample b at b*batch_stride + t*row_stride
     const void* sin = nullptr;
-    int64_t batch_stride = 0;  // 0 when all samples share a table
+    int64_t batch_stride = 0;  // 0 if all samples share one table
     int64_t row_stride = 0;
     bool interleaved = false;
-    bool inverse = false;  // rotate by -theta
+    bool conjugate = false;  // rotate by -theta
 };
 
-// One of q and k: heads of a token lie side by side in a row.
+// One of q and k. The heads of a token are adjacent in a row.
 struct Heads {
-    Rows in;    // forward: x.  backward: dy
-    Rows kept;  // backward: x with a weight or norm first, else y
-    Rows out;   // forward: y.  backward: dx
+    Rows in;     // forward: x.  backward: dy
+    Rows saved;  // backward: x with a weight or norm first, else y
+    Rows out;    // forward: y.  backward: dx
     int64_t heads = 0;
     const void* weight = nullptr;  // acc [Dh] or null
     void* rstd = nullptr;          // acc [N, heads]
@@ -40,8 +42,8 @@ struct Heads {
 };
 
 struct HeadArgs {
-    Heads parts[2];  // q and k; rope uses the first alone
-    int count = 1;
+    Heads parts[2];  // q and k; rope uses only the first
+    int count = 1;   // of `parts` in use
     int64_t B = 0, T = 0, Dh = 0;
     Rotation rotation;
     bool norm_first = false;
@@ -55,33 +57,33 @@ struct SwigluArgs {
     int64_t N = 0, F = 0;
 };
 
-// MV-Split and plain residual merges; activations are contiguous [N, D].
+// The MV-Split and the plain residual merge. Activations are contiguous [N, D].
 struct MergeArgs {
     const void* x = nullptr;  // null in a backward that reads y
     const void* f = nullptr;
-    const void* y = nullptr;  // backward of a merge whose n is y
+    const void* y = nullptr;  // backward that reads y as n
     const void* dy = nullptr;
     const void* alpha = nullptr;   // acc [D]
     const void* beta = nullptr;    // acc [D]; the `scale` of residual_rmsnorm, null for 1
     const void* weight = nullptr;  // acc [D] or null
-    void* out = nullptr;           // forward y
+    void* out = nullptr;           // y of forward
     void* rstd = nullptr;          // acc [N]
     void* jx = nullptr;            // acc [B, S, D]
     void* jf = nullptr;            // acc [B, S, D]
-    bool jx_given = false;         // jx is read, not computed
+    bool jx_is_input = false;      // forward reads jx and does not compute it
     void* jy = nullptr;            // acc [B, S, D] or null
     void* dx = nullptr;
-    void* df = nullptr;       // null when scale is null: df is dx
+    void* df = nullptr;       // null if scale is null: df equals dx
     void* dalpha = nullptr;   // acc [D], zero on entry
     void* dbeta = nullptr;    // acc [D], zero on entry
     void* dweight = nullptr;  // acc [D], zero on entry
     int64_t B = 0, T = 0, D = 0;
-    const int64_t* segments = nullptr;
+    const int64_t* segments = nullptr;  // S token counts that sum to T
     int64_t S = 0;
     double eps = 0;
 };
 
-// One instruction set's kernels.
+// The kernels of one instruction set.
 struct Kernels {
     using HeadFn = void (*)(const HeadArgs&, c10::ScalarType);
     using SwigluFn = void (*)(const SwigluArgs&, c10::ScalarType);

@@ -1,4 +1,4 @@
-// Rows of a residual merge: the shared body of mvsplit_rmsnorm.cpp and residual_rmsnorm.cpp.
+// Rows of a residual merge, shared by mvsplit_rmsnorm.cpp and residual_rmsnorm.cpp.
 //
 //     z = x + beta*f + m       m: one vector per segment (MV-Split) or none
 //     y = z * rstd * weight    rstd = rsqrt(mean_d z^2 + eps)
@@ -12,7 +12,7 @@ MVSPLIT_KERNELS_BEGIN
 
 namespace {
 
-// Parameter vectors of D elements; a null beta is 1, a null m is 0, a null weight is 1.
+// Parameter vectors of D elements. A null beta or weight is 1, a null m is 0.
 template <class T>
 struct RowParams {
     const acc_t<T>* beta = nullptr;
@@ -30,7 +30,8 @@ Acc<T> merged(const T* x, const T* f, const RowParams<T>& p, int64_t i, Count n)
         return z + load(f + i, n);
 }
 
-// One row forward; returns rstd. `scratch` holds D elements of z in L1 between the two sweeps.
+// Compute one row of y and return its rstd. `scratch` keeps z (D elements) in L1 between the two
+// sweeps.
 template <class T, bool has_beta, bool has_m>
 MVSPLIT_ROW acc_t<T> forward_row(const T* x, const T* f, T* y, const RowParams<T>& p,
                                  acc_t<T>* scratch, int64_t D, double eps) {
@@ -50,20 +51,20 @@ MVSPLIT_ROW acc_t<T> forward_row(const T* x, const T* f, T* y, const RowParams<T
     return rstd;
 }
 
-// Where a row's n comes from: z*rstd computed again from x and f, or y, where there is no weight (y
-// / weight would divide by zero).
+// n of one row: y itself if there is no weight, else computed again from x and f, because y / weight
+// could divide by zero.
 template <class T, bool has_beta, bool has_m, bool from_x>
-struct Normalised {
-    const T* kept;  // y, or x
+struct NormalisedRow {
+    const T* saved;  // x if from_x, else y
     const T* f;
     acc_t<T> rstd;
 
     template <class Count>
     Acc<T> operator()(const RowParams<T>& p, int64_t i, Count n) const {
         if constexpr (from_x)
-            return merged<T, has_beta, has_m>(kept, f, p, i, n) * Acc<T>(rstd);
+            return merged<T, has_beta, has_m>(saved, f, p, i, n) * Acc<T>(rstd);
         else
-            return load(kept + i, n);
+            return load(saved + i, n);
     }
 };
 
@@ -75,7 +76,7 @@ Acc<T> weighted(const T* dy, const RowParams<T>& p, int64_t i, Count n) {
         return load(dy + i, n);
 }
 
-// mean_d(g*n) of one row.
+// Return mean_d(g*n) of one row.
 template <class T, bool has_weight, class Norm>
 MVSPLIT_ROW acc_t<T> mean_dot(const T* dy, const Norm& norm, const RowParams<T>& p, int64_t D) {
     Acc<T> dots(0);
@@ -85,7 +86,7 @@ MVSPLIT_ROW acc_t<T> mean_dot(const T* dy, const Norm& norm, const RowParams<T>&
     return sum<T>(dots) / D;
 }
 
-// dz = rstd*g - (rstd*mean)*n, the two scalars of a row broadcast.
+// dz = rstd*g - (rstd*mean)*n with the two scalars of one row.
 template <class T>
 struct Dz {
     Acc<T> rstd, rstd_mean;
@@ -94,6 +95,7 @@ struct Dz {
     Acc<T> operator()(const Acc<T>& g, const Acc<T>& n) const { return g * rstd - n * rstd_mean; }
 };
 
+// Call f with a flag as a compile-time constant.
 template <class F>
 void with_flag(bool flag, const F& f) {
     flag ? f(std::true_type{}) : f(std::false_type{});

@@ -1,16 +1,21 @@
 // MV-Split residual with RMSNorm (arXiv 2605.06169), J the token mean of a segment, P = I - J:
 //     z = x + beta * P f + alpha * J (f - x),  y = z * rstd * weight
-// With jx, jf the means of a segment of Ts tokens, and m computed once for a segment:
+// With the means jx, jf of a segment of Ts tokens and one vector m per segment:
 //     m = (alpha - beta)*jf - alpha*jx     z = x + beta*f + m
 //     dx = dz - alpha*jdz     df = beta*dz + (alpha - beta)*jdz     jdz = mean_t dz
-//     dalpha = sum Ts*jdz*(jf - jx)     dbeta = sum dz*(f - jf)
-// f is centred before it is summed: where the token mean dominates, sum dz*f less its mean's part
-// would be the small difference of large numbers.
-// Bytes, in N*D*sizeof(T): forward must move 3 (x, f, y), backward 5 (f, dy, y, dx, df; x in place
-// of y with a weight). Both sweep twice, statistics and then apply, over a wave of samples whose
-// tensors fit the cores' own caches, so that the second sweep reads no memory.
-// A task is 32 tokens of one segment, whatever the number of threads; its column sums are one
-// partial row, added in a fixed order: every result is bit-identical from run to run.
+//     dalpha = sum Ts*jdz*(jf - jx)     dbeta = sum dz*(f - jf)     dweight = sum dy*n
+// dbeta sums dz*(f - jf) directly. If the token mean dominates f, sum dz*f minus the part of the
+// mean would be a small difference of large numbers.
+//
+// Bytes, in N*D*sizeof(T): forward must move 3 (x, f, y), backward 5 (f, dy, y, dx, df; x instead
+// of y with a weight). Both sweep twice, first for sums over tokens, then for the result. They
+// process waves of samples whose tensors fit the L2 caches of the cores, so that the second sweep
+// does not read memory and the kernels move exactly those bytes. For a larger sample forward moves
+// 5, backward 7 (8 with a weight).
+// Launch: at::parallel_for over tasks of 32 tokens of one segment, for any number of threads.
+// Preconditions: contiguous activations; dalpha, dbeta and dweight are zero on entry.
+// Deterministic: the column sums of a task are one partial row, and partial rows are added in
+// order, so results do not depend on the number of threads.
 #include "merge.h"
 
 MVSPLIT_KERNELS_BEGIN
@@ -18,17 +23,17 @@ MVSPLIT_KERNELS_BEGIN
 namespace {
 
 constexpr int64_t kTaskTokens = 32;
-constexpr int64_t kCacheBytes = 1 << 20;  // a core's own L2: 1 to 2 MiB on today's servers
-constexpr int kGroup = 4;                 // rows that share one load and store of the column sums
+constexpr int64_t kCacheBytes = 1 << 20;  // L2 of one core: 1 to 2 MiB on current servers
+constexpr int kGroup = 4;                 // rows per load and store of the column sums
 
 struct Task {
     int64_t segment, begin, end;  // tokens of a sample
 };
 
-// The tasks of one sample and the number of samples in a wave.
+// The tasks of one sample, and the number of samples in a wave.
 struct Plan {
     std::vector<Task> tasks;
-    std::vector<int64_t> first;  // first task of a segment; one more at the end
+    std::vector<int64_t> first;  // first task of each segment, and the count of tasks
     int64_t wave;
 
     Plan(const MergeArgs& a, int64_t sample_bytes) {
@@ -50,7 +55,8 @@ void for_waves(const MergeArgs& a, const Plan& plan, const F& f) {
     for (int64_t b = 0; b < a.B; b += plan.wave) f(b, std::min(a.B, b + plan.wave));
 }
 
-// task(sample, its place in the wave, the task, the task's place in the wave)
+// Call f(sample, its index in the wave, the task, the index of the task in the wave) for the tasks
+// of samples [b0, b1).
 template <class F>
 void for_tasks(const Plan& plan, int64_t b0, int64_t b1, const F& f) {
     at::parallel_for(0, (b1 - b0) * plan.count(), 1, [&](int64_t begin, int64_t end) {
@@ -59,7 +65,7 @@ void for_tasks(const Plan& plan, int64_t b0, int64_t b1, const F& f) {
     });
 }
 
-// Sums the partial rows of a segment at columns [d, d+n).
+// Return the sum of partial rows [begin, end) at columns [d, d+n).
 template <class T, class Count>
 Acc<T> column_sum(const acc_t<T>* partials, int64_t begin, int64_t end, int64_t stride, int64_t d,
                   Count n) {
@@ -68,6 +74,7 @@ Acc<T> column_sum(const acc_t<T>* partials, int64_t begin, int64_t end, int64_t 
     return total;
 }
 
+// The pointers of MergeArgs with their types.
 template <class T>
 struct Views {
     using A = acc_t<T>;
@@ -87,13 +94,13 @@ struct Views {
           jf(static_cast<A*>(a.jf)) {}
 };
 
-// Column sums of `rows` rows of x, into sums[0..D).
+// Write the column sums of `rows` rows of x to sums[0..D).
 template <class T>
 MVSPLIT_ROW void sum_columns(const T* x, int64_t rows, int64_t D, acc_t<T>* sums) {
     for (int64_t r = 0; r < rows; r += kGroup, x += kGroup * D) {
         const int64_t count = std::min<int64_t>(kGroup, rows - r);
         for_chunks<T>(D, [&](int64_t i, auto n) {
-            Acc<T> s(0);  // of the group first: sums of sums lose less
+            Acc<T> s(0);  // the group's sum first, which rounds less than one running sum
             for (int64_t k = 0; k < count; ++k) s = s + load(x + k * D + i, n);
             if (r > 0) s = s + load_acc<T>(sums + i, n);
             store_acc<T>(sums + i, s, n);
@@ -101,7 +108,7 @@ MVSPLIT_ROW void sum_columns(const T* x, int64_t rows, int64_t D, acc_t<T>* sums
     }
 }
 
-// m of sample b, segment s at columns [d, d+n), from the means.
+// Store m of a (sample, segment) at columns [d, d+n).
 template <class T, class Count>
 void store_m(const Views<T>& v, int64_t unit, int64_t D, int64_t d, acc_t<T>* m, Count n) {
     const Acc<T> alpha = load_acc<T>(v.alpha + d, n), beta = load_acc<T>(v.beta + d, n);
@@ -118,7 +125,7 @@ void forward(const MergeArgs& a) {
     const int64_t wave = std::min(plan.wave, a.B);
     std::vector<A> partials(wave * plan.count() * 2 * D), m(wave * a.S * D);
     A* const jy = static_cast<A*>(a.jy);
-    // The mean of segment s of a wave's sample, from the partial rows of its tasks.
+    // The mean of segment s of a sample of the wave, from the partial rows of its tasks.
     const auto mean = [&](int64_t in_wave, int64_t s, const A* rows, int64_t d, auto n) {
         const int64_t base = in_wave * plan.count();
         return column_sum<T>(rows, base + plan.first[s], base + plan.first[s + 1], 2 * D, d, n) /
@@ -127,14 +134,14 @@ void forward(const MergeArgs& a) {
     for_waves(a, plan, [&](int64_t b0, int64_t b1) {
         for_tasks(plan, b0, b1, [&](int64_t b, int64_t, const Task& t, int64_t i) {
             const int64_t row = b * a.T + t.begin, rows = t.end - t.begin;
-            if (!a.jx_given) sum_columns(v.x + row * D, rows, D, &partials[i * 2 * D]);
+            if (!a.jx_is_input) sum_columns(v.x + row * D, rows, D, &partials[i * 2 * D]);
             sum_columns(v.f + row * D, rows, D, &partials[(i * 2 + 1) * D]);
         });
         for_columns<T>(D, [&](int64_t d, auto n) {
             for (int64_t b = b0; b < b1; ++b)
                 for (int64_t s = 0; s < a.S; ++s) {
                     const int64_t unit = b * a.S + s, in_wave = b - b0;
-                    if (!a.jx_given)
+                    if (!a.jx_is_input)
                         store_acc<T>(v.jx + unit * D + d, mean(in_wave, s, &partials[0], d, n), n);
                     store_acc<T>(v.jf + unit * D + d, mean(in_wave, s, &partials[D], d, n), n);
                     store_m(v, unit, D, d, &m[(in_wave * a.S + s) * D], n);
@@ -160,21 +167,21 @@ void forward(const MergeArgs& a) {
     });
 }
 
-// First backward sweep over the rows of one task: mean_d(g*n) of each row, and the column sums of
-// dz, dz*(f - jf) and, with a weight, dy*n; jf of the task's segment.
+// First backward sweep over the rows of one task. Computes mean_d(g*n) of each row and the column
+// sums of dz, dz*(f - jf) and, with a weight, dy*n; jf belongs to the segment of the task.
 template <class T, bool has_weight>
 MVSPLIT_ROW void sum_gradients(const Views<T>& v, const RowParams<T>& p, const acc_t<T>* jf,
                                int64_t begin, int64_t end, int64_t D, acc_t<T>* means,
                                acc_t<T>* sums) {
-    using Norm = Normalised<T, true, true, has_weight>;
-    const T* kept = has_weight ? v.x : v.y;
+    using Norm = NormalisedRow<T, true, true, has_weight>;
+    const T* saved = has_weight ? v.x : v.y;
     for (int64_t row = begin; row < end; row += kGroup) {
         const int count = std::min<int64_t>(kGroup, end - row);
         Norm norm[kGroup];
         Dz<T> dz[kGroup];
         for (int k = 0; k < count; ++k) {
             const int64_t r = row + k;
-            norm[k] = Norm{kept + r * D, v.f + r * D, v.rstd[r]};
+            norm[k] = Norm{saved + r * D, v.f + r * D, v.rstd[r]};
             means[r] = mean_dot<T, has_weight>(v.dy + r * D, norm[k], p, D);
             dz[k] = Dz<T>(v.rstd[r], means[r]);
         }
@@ -199,7 +206,8 @@ MVSPLIT_ROW void sum_gradients(const Views<T>& v, const RowParams<T>& p, const a
     }
 }
 
-// What the second sweep shifts a segment's rows by: to_dx = alpha*jdz, to_df = (alpha - beta)*jdz.
+// Vectors of the second sweep, one pair per segment: to_dx = alpha*jdz, to_df = (alpha - beta)*jdz,
+// with dx = dz - to_dx and df = beta*dz + to_df.
 template <class T>
 struct Shifts {
     const acc_t<T>*to_dx, *to_df;
@@ -210,8 +218,8 @@ MVSPLIT_ROW void apply_gradients(const Views<T>& v, const RowParams<T>& p, const
                                  int64_t begin, int64_t end, int64_t D, const acc_t<T>* means,
                                  T* dx, T* df) {
     for (int64_t row = begin; row < end; ++row) {
-        const Normalised<T, true, true, has_weight> norm{(has_weight ? v.x : v.y) + row * D,
-                                                         v.f + row * D, v.rstd[row]};
+        const NormalisedRow<T, true, true, has_weight> norm{(has_weight ? v.x : v.y) + row * D,
+                                                            v.f + row * D, v.rstd[row]};
         const Dz<T> dz(v.rstd[row], means[row]);
         for_chunks<T>(D, [&](int64_t i, auto n) {
             const Acc<T> d = dz(weighted<T, has_weight>(v.dy + row * D, p, i, n), norm(p, i, n));
@@ -233,7 +241,7 @@ void backward(const MergeArgs& a) {
     std::vector<A> m(has_weight ? wave * a.S * D : 0), shift(wave * a.S * 2 * D);
     A* const out[3] = {static_cast<A*>(a.dalpha), static_cast<A*>(a.dbeta),
                        static_cast<A*>(a.dweight)};
-    std::vector<A> lost(width);  // the compensations of the three, from wave to wave
+    std::vector<A> compensation(width);  // of the sums in `out`, kept from wave to wave
     const auto params = [&](int64_t unit) {
         return RowParams<T>{v.beta, has_weight ? &m[unit * D] : nullptr, v.weight};
     };
@@ -250,9 +258,9 @@ void backward(const MergeArgs& a) {
         });
         for_columns<T>(D, [&](int64_t d, auto n) {
             const Acc<T> alpha = load_acc<T>(v.alpha + d, n), beta = load_acc<T>(v.beta + d, n);
-            Compensated<T> total[3];
+            CompensatedSum<T> total[3];
             for (int i = 0; i < (has_weight ? 3 : 2); ++i)
-                total[i] = load_compensated<T>(out[i] + d, &lost[i * D + d], n);
+                total[i] = load_sum<T>(out[i] + d, &compensation[i * D + d], n);
             for (int64_t u = 0; u < units; ++u) {
                 const int64_t base = u / a.S * plan.count(), s = u % a.S;
                 const int64_t first = base + plan.first[s], last = base + plan.first[s + 1];
@@ -269,7 +277,7 @@ void backward(const MergeArgs& a) {
                 store_acc<T>(&shift[(u * 2 + 1) * D + d], (alpha - beta) * jdz, n);
             }
             for (int i = 0; i < (has_weight ? 3 : 2); ++i)
-                store_compensated<T>(out[i] + d, &lost[i * D + d], total[i], n);
+                store_sum<T>(out[i] + d, &compensation[i * D + d], total[i], n);
         });
         for_tasks(plan, b0, b1, [&](int64_t b, int64_t in_wave, const Task& t, int64_t) {
             const int64_t unit = in_wave * a.S + t.segment;

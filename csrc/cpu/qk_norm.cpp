@@ -1,4 +1,4 @@
-// RMSNorm over Dh of every head of q and of k, in one launch. Math and bytes: heads.h.
+// RMSNorm over Dh of each head of q and k, in one launch. Math, bytes and launch: heads.h.
 #include "heads.h"
 
 MVSPLIT_KERNELS_BEGIN

@@ -1,10 +1,12 @@
-// y = RMSNorm(x + scale * f): the residual merges that MV-Split is compared with.
-//     dx = dz     df = scale * dz     dscale = sum dz * f
+// y = RMSNorm(x + scale * f) * weight, the plain residual merge that MV-Split is compared with.
+//     dx = dz     df = scale * dz     dscale = sum dz * f     dweight = sum dy * n
 // Bytes, in N*D*sizeof(T): forward must move 3 (x, f, y); backward 3 for a plain residual (dy, y,
-// dx, which is df too), 5 with a scale (dy, x, f, dx, df), 4 with a weight alone (dy, x, f, dx).
-// With a scale f is read in any case, and x beside it gives n to full precision at no further cost.
-// A row is read twice, the second time from L1. A task's parameter gradients are one partial row,
-// added in a fixed order.
+// dx, which is also df), 5 with a scale (dy, x, f, dx, df), 4 with only a weight (dy, x, f, dx).
+// The kernels move exactly that: the second sweep over a row reads L1. With a scale backward reads
+// f in any case, and reading x instead of y gives n without the rounding of y at no extra cost.
+// Launch: at::parallel_for over rows forward, over tasks of rows_per_task() rows backward.
+// Preconditions: contiguous activations.
+// Deterministic: a task leaves one partial row per parameter gradient; they are added in order.
 #include "merge.h"
 
 MVSPLIT_KERNELS_BEGIN
@@ -25,8 +27,8 @@ void forward(const MergeArgs& a) {
     });
 }
 
-// `sums` holds dscale where there is a scale and dweight where there is a weight, each followed by
-// its compensation.
+// `sums` holds dscale if there is a scale, then dweight if there is a weight, each followed by its
+// compensation.
 template <class T, bool has_scale, bool has_weight>
 MVSPLIT_ROW void backward_row(const MergeArgs& a, const RowParams<T>& p, int64_t r,
                               acc_t<T>* sums) {
@@ -34,14 +36,14 @@ MVSPLIT_ROW void backward_row(const MergeArgs& a, const RowParams<T>& p, int64_t
     const int64_t D = a.D;
     const auto* dy = static_cast<const T*>(a.dy) + r * D;
     const auto* f = a.f ? static_cast<const T*>(a.f) + r * D : nullptr;
-    const auto* kept = static_cast<const T*>(from_x ? a.x : a.y) + r * D;
+    const auto* saved = static_cast<const T*>(from_x ? a.x : a.y) + r * D;
     auto* dx = static_cast<T*>(a.dx) + r * D;
     const acc_t<T> rstd = static_cast<const acc_t<T>*>(a.rstd)[r];
-    const Normalised<T, has_scale, false, from_x> norm{kept, f, rstd};
+    const NormalisedRow<T, has_scale, false, from_x> norm{saved, f, rstd};
     const Dz<T> dz(rstd, mean_dot<T, has_weight>(dy, norm, p, D));
     const auto add = [D](acc_t<T>* sum, int64_t i, const Acc<T>& term, auto n) {
-        auto total = load_compensated<T>(sum + i, sum + D + i, n);
-        store_compensated<T>(sum + i, sum + D + i, total += term, n);
+        auto total = load_sum<T>(sum + i, sum + D + i, n);
+        store_sum<T>(sum + i, sum + D + i, total += term, n);
     };
     for_chunks<T>(D, [&](int64_t i, auto n) {
         const Acc<T> nr = norm(p, i, n);
@@ -67,11 +69,11 @@ void backward(const MergeArgs& a) {
             for (int64_t r = task * rows; r < std::min(N, (task + 1) * rows); ++r)
                 backward_row<T, has_scale, has_weight>(a, p, r, partials.data() + task * sums * D);
     });
-    const auto total = [&](void* out, int64_t which) {
-        add_rows<T>(static_cast<A*>(out), partials.data() + which * 2 * D, tasks, sums * D, D);
+    const auto add_partials = [&](void* out, int64_t index) {
+        add_rows<T>(static_cast<A*>(out), partials.data() + index * 2 * D, tasks, sums * D, D);
     };
-    if (has_scale) total(a.dbeta, 0);
-    if (has_weight) total(a.dweight, has_scale);
+    if (has_scale) add_partials(a.dbeta, 0);
+    if (has_weight) add_partials(a.dweight, has_scale);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Rotary position embedding of one tensor; the gradient is the same kernel with the rotation
-// inverted. Math and bytes: heads.h.
+// Rotary position embedding of one tensor; its gradient is the same kernel with the opposite
+// `conjugate`. Math, bytes and launch: heads.h.
 #include "heads.h"
 
 MVSPLIT_KERNELS_BEGIN

@@ -1,5 +1,6 @@
-// RoPE and QK-Norm of q and k in one pass: 2 reads and 2 writes forward, 4 and 2 backward, where
-// the two operators apart take 4 and 4, and 6 and 4. Math: heads.h.
+// RoPE and QK-Norm of q and k in one pass. Counting q and k as one tensor each: 2 read and 2 written
+// forward, 4 and 2 backward; the two operators in sequence take 4 and 4, and 6 and 4.
+// Math, bytes and launch: heads.h.
 #include "heads.h"
 
 MVSPLIT_KERNELS_BEGIN

@@ -1,7 +1,9 @@
 // y = silu(gate) * value,  x = [gate, value] packed in a row of 2F,  s = sigmoid(gate)
 // dgate = dy * value * s * (1 + gate * (1 - s))     dvalue = dy * gate * s
 // Bytes, in N*F*sizeof(T): forward must move 3 (2 read, 1 written), backward 5 (3 read, 2 written);
-// these kernels move exactly that. Nothing is saved but x.
+// these kernels move exactly that. Forward saves only x.
+// Launch: at::parallel_for over rows, at least 4096 elements of y per task.
+// Preconditions: rows are contiguous. Deterministic: no sums.
 #include "kernels.h"
 #include "vec.h"
 
@@ -9,9 +11,10 @@ MVSPLIT_KERNELS_BEGIN
 
 namespace {
 
-// exp(-g) = 2^(n + r), n whole, |r| <= 1/2, 2^r by its Taylor series: to the fifth power for 16-bit
-// storage (relative error under 3e-6, a 600th of a bfloat16 rounding and a 160th of a half one), to
-// the seventh for float (6e-9, a tenth of a rounding), where log2(e) is also taken in two parts.
+// Return exp(-g) = 2^(n + r) with an integer n and |r| <= 1/2. The Taylor series of 2^r ends at
+// r^5 for 16-bit storage (relative error below 3e-6, 1/600 of a bfloat16 and 1/160 of a half
+// rounding) and at r^7 for float (6e-9, 1/10 of a rounding), for which log2(e) is also split into
+// two parts.
 template <class T>
 Acc<T> exp_minus(const Acc<T>& g) {
     if constexpr (sizeof(T) == 8) {
@@ -33,7 +36,7 @@ Acc<T> exp_minus(const Acc<T>& g) {
             for (const float c :
                  {9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.f})
                 p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-            out[i] = _mm512_scalef_ps(p, n);  // 0 and infinity where the exponent leaves the range
+            out[i] = _mm512_scalef_ps(p, n);  // 0 or infinity if the exponent is out of range
         }
         return out;
 #else

@@ -1,4 +1,4 @@
-// The kernels of the instruction set that this file is compiled for.
+// Table of the kernels, for the instruction set that this file is compiled for.
 #include "kernels.h"
 
 namespace mvsplit {

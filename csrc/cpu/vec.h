@@ -1,10 +1,10 @@
-// Vectors with a wide accumulator: what every CPU kernel is written in.
+// Vectors, sums and loops shared by the CPU kernels.
 //
-// A chunk is one hardware vector of the storage type T (32 bfloat16 with AVX-512); in registers it
-// is Acc<T>, the same lanes in float (double for double), in one or two hardware vectors.
+// A chunk is one hardware vector of the storage type T (32 bfloat16 with AVX-512). In registers it
+// is an Acc<T>: the same lanes in float (double for double), in one or two hardware vectors.
 #pragma once
 
-#include <ATen/cpu/vec/vec.h>  // before functional.h: the two include each other
+#include <ATen/cpu/vec/vec.h>  // before functional.h, because the two include each other
 
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
@@ -15,8 +15,8 @@
 #include <type_traits>
 #include <vector>
 
-// Everything in here and in the kernels is inside this namespace: its name differs from one
-// instruction set to the next, so the linker cannot merge a baseline function with an AVX-512 one.
+// Everything in this file and in the kernels is in this namespace. Each instruction set has its
+// own, so that the linker cannot merge a baseline function with an AVX-512 one.
 #define MVSPLIT_KERNELS_BEGIN \
     namespace mvsplit {       \
     namespace CPU_CAPABILITY {
@@ -24,8 +24,8 @@
     }                       \
     }
 
-// A function that sweeps a row has everything it calls inlined: vectors that cross a call go
-// through memory, which costs the rotation half its speed.
+// Inline everything that a function over a row calls. A vector that is passed to a call goes
+// through memory, which halves the speed of the rotation.
 #define MVSPLIT_ROW [[gnu::flatten]]
 
 MVSPLIT_KERNELS_BEGIN
@@ -42,10 +42,11 @@ constexpr int kParts = kChunk<T> / vec::Vectorized<acc_t<T>>::size();
 template <class T>
 using Acc = vec::VectorizedN<acc_t<T>, kParts<T>>;
 
-// A full chunk's length is known to the compiler; a row's tail has a run-time length.
+// The length of a full chunk is a compile-time constant; the tail of a row has a run-time length.
 template <class T>
 using Full = std::integral_constant<int, kChunk<T>>;
 
+// Call f(offset, length) for each chunk of a row of n elements.
 template <class T, class F>
 inline void for_chunks(int64_t n, const F& f) {
     int64_t i = 0;
@@ -71,8 +72,7 @@ inline Acc<T> load(const T* p, Count n) {
     } else if constexpr (kParts<T> == 1) {
         return Acc<T>(V::loadu(p));
     } else {
-        // Half a chunk at a time: the conversion takes its operand from memory, nothing is
-        // shuffled.
+        // Half a chunk at a time: the conversion then reads memory and needs no shuffle.
         Acc<T> a;
         load_half_chunk(p, a[0]);
         load_half_chunk(p + kChunk<T> / 2, a[1]);
@@ -80,14 +80,14 @@ inline Acc<T> load(const T* p, Count n) {
     }
 }
 
-// Rounds to nearest even.
+// Round to the nearest value of T, ties to even.
 template <class T>
 inline vec::Vectorized<T> round_to(const Acc<T>& a) {
     if constexpr (kParts<T> == 1) return a[0];
 #ifdef __AVX512BF16__
     else if constexpr (std::is_same_v<T, c10::BFloat16>)
-        return (__m512i)_mm512_cvtne2ps_pbh(a[1],
-                                            a[0]);  // 1 instruction, where rounding by hand is 20
+        // One instruction; rounding in software takes 20.
+        return (__m512i)_mm512_cvtne2ps_pbh(a[1], a[0]);
 #endif
     else
         return vec::convert<T, 1, float, 2>(a);
@@ -126,6 +126,7 @@ inline void store_acc(acc_t<T>* p, const Acc<T>& a, Count n) {
         a.store(p, n);
 }
 
+// Sum over the lanes.
 template <class T>
 inline acc_t<T> sum(const Acc<T>& a) {
     using V = vec::Vectorized<acc_t<T>>;
@@ -134,6 +135,7 @@ inline acc_t<T> sum(const Acc<T>& a) {
     return vec::vec_reduce_all<acc_t<T>>([](const V& p, const V& q) { return p + q; }, v);
 }
 
+// Call f with a value of the C++ type of a dtype.
 template <class F>
 inline void dispatch(c10::ScalarType dtype, const F& f) {
     switch (dtype) {
@@ -146,41 +148,44 @@ inline void dispatch(c10::ScalarType dtype, const F& f) {
         case c10::ScalarType::Double:
             return f(double{});
         default:
-            TORCH_CHECK(false, "mvsplit_ops: no CPU kernel for dtype ", toString(dtype));
+            TORCH_CHECK(false,
+                        "mvsplit_ops: the CPU kernels take float32, bfloat16, float16 and float64, "
+                        "got ",
+                        toString(dtype));
     }
 }
 
-// How many rows one task takes when every row's result goes into a parameter gradient. It depends
-// on the shape alone, so the order of every sum is the same whatever the number of threads; at most
-// 256 partial rows exist, and a partial row is written once for at least 32 rows read.
+// Rows per task of a kernel that sums a parameter gradient over the rows. The count depends only on
+// the shape, so the order of each sum does not depend on the number of threads. There are at most
+// 256 partial rows, and each is written once for at least 32 rows read.
 inline int64_t rows_per_task(int64_t rows) { return std::max<int64_t>(32, at::divup(rows, 256)); }
 
-// A sum and its compensation (Kahan): as exact as eager's pairwise sums, however many values are
-// added one after the other.
+// A compensated sum (Kahan). Its error does not grow with the number of terms, so it is as exact as
+// the pairwise sums of eager code.
 template <class T>
-struct Compensated {
-    Acc<T> sum, lost;
+struct CompensatedSum {
+    Acc<T> sum, compensation;
 
-    Compensated& operator+=(const Acc<T>& v) {
-        const Acc<T> corrected = v - lost, total = sum + corrected;
-        lost = (total - sum) - corrected;
+    CompensatedSum& operator+=(const Acc<T>& v) {
+        const Acc<T> corrected = v - compensation, total = sum + corrected;
+        compensation = (total - sum) - corrected;
         sum = total;
         return *this;
     }
 };
 
 template <class T, class Count>
-inline Compensated<T> load_compensated(const acc_t<T>* sum, const acc_t<T>* lost, Count n) {
-    return {load_acc<T>(sum, n), load_acc<T>(lost, n)};
+inline CompensatedSum<T> load_sum(const acc_t<T>* sum, const acc_t<T>* compensation, Count n) {
+    return {load_acc<T>(sum, n), load_acc<T>(compensation, n)};
 }
 
 template <class T, class Count>
-inline void store_compensated(acc_t<T>* sum, acc_t<T>* lost, const Compensated<T>& c, Count n) {
+inline void store_sum(acc_t<T>* sum, acc_t<T>* compensation, const CompensatedSum<T>& c, Count n) {
     store_acc<T>(sum, c.sum, n);
-    store_acc<T>(lost, c.lost, n);
+    store_acc<T>(compensation, c.compensation, n);
 }
 
-// Splits columns [0, D) over the threads: f(column, how many) for each chunk.
+// Split the columns [0, D) over the threads and call f(column, length) for each chunk.
 template <class T, class F>
 void for_columns(int64_t D, const F& f) {
     at::parallel_for(0, at::divup(D, kChunk<T>), 1, [&](int64_t begin, int64_t end) {
@@ -194,7 +199,7 @@ template <class T>
 inline void add_rows(acc_t<T>* out, const acc_t<T>* partials, int64_t count, int64_t stride,
                      int64_t width) {
     for_columns<T>(width, [&](int64_t d, auto n) {
-        Compensated<T> total{Acc<T>(0), Acc<T>(0)};
+        CompensatedSum<T> total{Acc<T>(0), Acc<T>(0)};
         for (int64_t r = 0; r < count; ++r) total += load_acc<T>(partials + r * stride + d, n);
         store_acc<T>(out + d, total.sum, n);
     });

@@ -1,4 +1,4 @@
-// What the kernels share: element types, vectors of 16 bytes, sums over lanes and rows.
+// Element types, vectors, parameters and sums over lanes, shared by all kernels.
 #pragma once
 #include <ptx.cuh>
 
@@ -13,7 +13,7 @@ constexpr bool is_bfloat16 = false;
 template <>
 constexpr bool is_bfloat16<bfloat16> = true;
 
-#ifndef DTYPE  // of the activations, set by the launcher: bfloat16, float16, float or double
+#ifndef DTYPE  // of the activations; the launcher sets bfloat16, float16, float or double
 #define DTYPE float
 #endif
 using T = DTYPE;
@@ -26,27 +26,28 @@ template <>
 struct accumulator<double> {
     using type = double;
 };
-using A = accumulator<T>::type;  // of arithmetic, sums and statistics
+using A = accumulator<T>::type;  // dtype of arithmetic, sums and statistics
 
-// An address in global memory, which load() and store() alone go through; 0: no such tensor.
+// An address in global memory, accessed only by load() and store(). 0 means that there is no
+// tensor.
 template <typename E>
 struct global {
-    u64 at;
-    DEVICE explicit operator bool() const { return at != 0; }
-    DEVICE global operator+(i64 elements) const { return {at + elements * (i64)sizeof(E)}; }
+    u64 address;
+    DEVICE explicit operator bool() const { return address != 0; }
+    DEVICE global operator+(i64 elements) const { return {address + elements * (i64)sizeof(E)}; }
 };
 
-// ---- vectors: as the machine holds them, in words of 32 bits ----
+// ---- Vectors, stored as words of 32 bits ----
 template <int BYTES>
 struct alignas(BYTES < 16 ? BYTES : 16) words {
-    u32 at[BYTES / 4];
+    u32 word[BYTES / 4];
 };
 template <>
 struct words<2> {
-    u16 at[1];
+    u16 word[1];
 };
 template <typename E, int N>
-using vec = words<sizeof(E) * N>;  // N neighbours of type E
+using vec = words<sizeof(E) * N>;  // N adjacent elements
 
 template <typename To, typename From>
 DEVICE To bit_cast(const From& from) {
@@ -60,15 +61,15 @@ template <int N, typename E>
 DEVICE vec<E, N> load(global<E> p) {
     constexpr int BYTES = sizeof(E) * N;
     vec<E, N> v;
-    if constexpr (BYTES == 2) v.at[0] = ld_global_nc_b16(p.at);
-    if constexpr (BYTES == 4) v.at[0] = ld_global_nc_b32(p.at);
-    if constexpr (BYTES == 8) v = bit_cast<vec<E, N>>(ld_global_nc_b64(p.at));
+    if constexpr (BYTES == 2) v.word[0] = ld_global_nc_b16(p.address);
+    if constexpr (BYTES == 4) v.word[0] = ld_global_nc_b32(p.address);
+    if constexpr (BYTES == 8) v = bit_cast<vec<E, N>>(ld_global_nc_b64(p.address));
     if constexpr (BYTES >= 16) {
 #pragma unroll
         for (int i = 0; i < BYTES / 16; ++i) {
-            b128 part = ld_global_nc_v4_b32(p.at + 16 * i);
-            v.at[4 * i] = part.x, v.at[4 * i + 1] = part.y;
-            v.at[4 * i + 2] = part.z, v.at[4 * i + 3] = part.w;
+            b128 part = ld_global_nc_v4_b32(p.address + 16 * i);
+            v.word[4 * i] = part.x, v.word[4 * i + 1] = part.y;
+            v.word[4 * i + 2] = part.z, v.word[4 * i + 3] = part.w;
         }
     }
     return v;
@@ -76,18 +77,18 @@ DEVICE vec<E, N> load(global<E> p) {
 
 template <typename E, int BYTES>
 DEVICE void store(global<E> p, const words<BYTES>& v) {
-    if constexpr (BYTES == 2) st_global_b16(p.at, v.at[0]);
-    if constexpr (BYTES == 4) st_global_b32(p.at, v.at[0]);
-    if constexpr (BYTES == 8) st_global_b64(p.at, bit_cast<u64>(v));
+    if constexpr (BYTES == 2) st_global_b16(p.address, v.word[0]);
+    if constexpr (BYTES == 4) st_global_b32(p.address, v.word[0]);
+    if constexpr (BYTES == 8) st_global_b64(p.address, bit_cast<u64>(v));
     if constexpr (BYTES >= 16) {
 #pragma unroll
         for (int i = 0; i < BYTES / 16; ++i)
-            st_global_v4_b32(p.at + 16 * i,
-                             {v.at[4 * i], v.at[4 * i + 1], v.at[4 * i + 2], v.at[4 * i + 3]});
+            st_global_v4_b32(p.address + 16 * i, {v.word[4 * i], v.word[4 * i + 1],
+                                                  v.word[4 * i + 2], v.word[4 * i + 3]});
     }
 }
 
-// Of shared memory: by value, so that one access stays one.
+// Shared memory. The vector is passed by value, so that it stays a single access.
 template <int N, typename E>
 DEVICE vec<E, N> load_shared(const E* p) {
     return *(const vec<E, N>*)p;
@@ -97,18 +98,18 @@ DEVICE void store_shared(E* p, const words<BYTES>& v) {
     *(words<BYTES>*)p = v;
 }
 
-DEVICE float load_one(global<float> p) { return mov_f32(ld_global_nc_b32(p.at)); }
-DEVICE double load_one(global<double> p) { return mov_f64(ld_global_nc_b64(p.at)); }
-DEVICE void store_one(global<float> p, float v) { st_global_b32(p.at, mov_b32(v)); }
-DEVICE void store_one(global<double> p, double v) { st_global_b64(p.at, mov_b64(v)); }
+DEVICE float load_one(global<float> p) { return mov_f32(ld_global_nc_b32(p.address)); }
+DEVICE double load_one(global<double> p) { return mov_f64(ld_global_nc_b64(p.address)); }
+DEVICE void store_one(global<float> p, float v) { st_global_b32(p.address, mov_b32(v)); }
+DEVICE void store_one(global<double> p, double v) { st_global_b64(p.address, mov_b64(v)); }
 
-// ---- to and from the dtype of arithmetic ----
+// ---- Conversion to and from the dtype of arithmetic ----
 template <typename E, int BYTES>
 DEVICE A element(const words<BYTES>& v, int i) {
-    if constexpr (sizeof(E) == 8) return (A)mov_f64((u64)v.at[2 * i + 1] << 32 | v.at[2 * i]);
-    if constexpr (sizeof(E) == 4) return mov_f32(v.at[i]);
+    if constexpr (sizeof(E) == 8) return (A)mov_f64((u64)v.word[2 * i + 1] << 32 | v.word[2 * i]);
+    if constexpr (sizeof(E) == 4) return mov_f32(v.word[i]);
     if constexpr (sizeof(E) == 2) {
-        u32 word = v.at[i / 2];
+        u32 word = v.word[i / 2];
         if constexpr (is_bfloat16<E>) return mov_f32(i % 2 ? word & 0xffff0000 : word << 16);
         return cvt_f32_f16((u16)(i % 2 ? word >> 16 : word));
     }
@@ -125,49 +126,49 @@ DEVICE u32 narrow_pair(float high, float low) {
     return is_bfloat16<E> ? cvt_rn_bf16x2_f32(high, low) : cvt_rn_f16x2_f32(high, low);
 }
 
-// To nearest even.
+// Round to the nearest value of E, ties to even.
 template <typename E, int N>
 DEVICE vec<E, N> narrow(const A (&in)[N]) {
     vec<E, N> v;
-    if constexpr (sizeof(E) == 2 && N == 1) v.at[0] = (u16)narrow_pair<E>(0, in[0]);
+    if constexpr (sizeof(E) == 2 && N == 1) v.word[0] = (u16)narrow_pair<E>(0, in[0]);
     if constexpr (sizeof(E) == 2 && N > 1) {
 #pragma unroll
-        for (int i = 0; i < N / 2; ++i) v.at[i] = narrow_pair<E>(in[2 * i + 1], in[2 * i]);
+        for (int i = 0; i < N / 2; ++i) v.word[i] = narrow_pair<E>(in[2 * i + 1], in[2 * i]);
     }
     if constexpr (sizeof(E) > 2) {
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-            if constexpr (sizeof(E) == 4) v.at[i] = mov_b32((float)in[i]);
+            if constexpr (sizeof(E) == 4) v.word[i] = mov_b32((float)in[i]);
             if constexpr (sizeof(E) == 8) {
-                v.at[2 * i] = (u32)mov_b64(in[i]);
-                v.at[2 * i + 1] = (u32)(mov_b64(in[i]) >> 32);
+                v.word[2 * i] = (u32)mov_b64(in[i]);
+                v.word[2 * i + 1] = (u32)(mov_b64(in[i]) >> 32);
             }
         }
     }
     return v;
 }
 
-// ---- a parameter: float32 or the dtype of the activations ----
+// ---- Parameters, in float32 or the dtype of the activations ----
 struct Parameter {
-    u64 at;
-    i64 narrow;  // 1: of type T, 0: float32
-    DEVICE explicit operator bool() const { return at != 0; }
+    u64 address;
+    i64 narrow;  // 1: elements of type T; 0: float32
+    DEVICE explicit operator bool() const { return address != 0; }
 };
 
-// N neighbours from `first` on; zeros where not `live`.
+// Load N adjacent values, the first at index `first`; zeros unless `live`.
 template <int N>
 DEVICE void load_parameter(const Parameter& p, i64 first, bool live, A (&out)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) out[i] = 0;
     if (!live) return;
     if (p.narrow) {
-        widen<T, N>(load<N>(global<T>{p.at} + first), out);
+        widen<T, N>(load<N>(global<T>{p.address} + first), out);
     } else {
-        widen<float, N>(load<N>(global<float>{p.at} + first), out);
+        widen<float, N>(load<N>(global<float>{p.address} + first), out);
     }
 }
 
-// ---- sums over lanes: every lane is given the same bits ----
+// ---- Sums over lanes; every lane gets the same bits ----
 DEVICE float shuffle_xor(float v, int lanes) {
     return mov_f32(shfl_sync_bfly_b32(mov_b32(v), lanes));
 }
@@ -187,7 +188,7 @@ DEVICE double shuffle_from(double v, int lane) {
     return mov_f64(high << 32 | low);
 }
 
-// Over `count` lanes that lie `step` apart.
+// Sum over `count` lanes whose indices differ by `step`.
 template <int count>
 DEVICE A sum_lanes(A v, int step = 1) {
 #pragma unroll
@@ -195,7 +196,7 @@ DEVICE A sum_lanes(A v, int step = 1) {
     return v;
 }
 
-// Rows of 16 bits do not see the last bits of a float32.
+// The approximation is enough for 16-bit rows, which round away the last bits of a float32.
 DEVICE float reciprocal_root(float v) {
     return sizeof(T) == 2 ? rsqrt_approx_f32(v) : rsqrt_rn_f32(v);
 }

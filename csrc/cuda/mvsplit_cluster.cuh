@@ -1,112 +1,115 @@
-// MV-Split by clusters: one a (sample, segment), whose blocks split D and keep their columns of
-// every tensor in shared memory. Sums over tokens are then local to a block; only a scalar a row
-// crosses the cluster: sum z^2 forward, sum g * n backward.
+// MV-Split with one thread-block cluster per (sample, segment). The blocks split D, and each keeps
+// its columns of every tensor in shared memory. Sums over tokens are therefore local to a block;
+// the blocks exchange only one scalar per row: sum z^2 forward, sum g * n backward.
 //
-// Bytes, in passes: forward 2 read and 1 written, backward 3 and 2; the means, the gains and rstd
-// once a cluster; partial rows of the gains' gradients, one a cluster, which sum_rows adds.
-// Launch: B * S clusters, the longest segment first; block `rank` has columns
-// [rank * slice, (rank + 1) * slice). LANES threads own a row's ITEMS vectors each, THREADS / LANES
-// rows at once. Shared memory (Layout): `tensors` slices of `rows` rows, two or three A a row, sums
-// of columns of each warp. Where a vector is 16 bytes, all rows are in flight at once, with a
-// barrier for each CHUNKS-th of them: in bulk copies of a row, or in 16 bytes a thread where rows
-// are too short for those. Else by plain loads.
-// Preconditions: VEC divides D and slice; LANES * ITEMS * VEC >= slice; at most 16 blocks, a power
-// of two; pointers aligned to a vector; sm_90 or newer.
+// Bytes, in passes of (B, T, D): forward 2 read and 1 written, backward 3 and 2. In addition, once
+// per cluster, the means, the gains and rstd, and one partial row of the gradient of each gain,
+// which sum_rows adds.
+// Launch: B * S clusters, the longest segment first; block `rank` has the columns from rank * slice
+// to (rank + 1) * slice. LANES threads share a row, with ITEMS vectors each, and a block processes
+// THREADS / LANES rows at the same time. Shared memory (Layout): `tensors` slices of `rows` rows,
+// two or three A per row, and the column sums of each warp. If a vector is 16 bytes, the copies of
+// all rows are in flight at once, and each CHUNKS-th of the rows has an mbarrier; rows are copied in
+// bulk, or 16 bytes per thread if they are too short for that. Otherwise plain loads are used.
+// Preconditions: VEC divides D and slice; LANES * ITEMS * VEC >= slice; the number of blocks is a
+// power of two and at most 16; pointers aligned to a vector; sm_90 or newer.
+// Deterministic: sums over rows, over the blocks of a cluster and over clusters have a fixed order.
 #pragma once
 #include <cluster.cuh>
 
 #if !BACKWARD
 KERNEL(cluster_fwd, Args, THREADS, THREADS > 256 ? 1 : ITEMS == 1 && !WEIGHT ? 3 : 2) {
-    Part part(args);
-    Layout at(args);
+    Tile tile(args);
+    Layout layout(args);
     global<T> tensors[2] = {args.x, args.f};
-    fetch(args, part, at, tensors);
-    T *xs = at.rows_of(0), *fs = at.rows_of(1);
-    A *sums = at.statistics(0, 2), *rstds = at.statistics(1, 2), *columns = at.columns(2);
+    fetch(args, tile, layout, tensors);
+    T *xs = layout.tensor_rows(0), *fs = layout.tensor_rows(1);
+    A *sums = layout.statistics(0, 2), *rstds = layout.statistics(1, 2),
+      *columns = layout.columns(2);
 
-    A alpha[ITEMS][VEC], beta[ITEMS][VEC], weight[ITEMS][VEC], given[ITEMS][VEC];
-    put(args.alpha, part, columns, at.slice, 0);
-    put(args.beta, part, columns, at.slice, 1);
-    if (WEIGHT) put(args.weight, part, columns, at.slice, 2);
-    if (args.given) put(args.given, args, part, columns, at.slice, 3);
+    A alpha[ITEMS][VEC], beta[ITEMS][VEC], weight[ITEMS][VEC], input_jx[ITEMS][VEC];
+    stage(args.alpha, tile, columns, layout.slice, 0);
+    stage(args.beta, tile, columns, layout.slice, 1);
+    if (WEIGHT) stage(args.weight, tile, columns, layout.slice, 2);
+    if (args.input_jx) stage(args.input_jx, args, tile, columns, layout.slice, 3);
     barrier_sync();
-    take(alpha, columns, at.slice, 0);
-    take(beta, columns, at.slice, 1);
-    if (WEIGHT) take(weight, columns, at.slice, 2);
-    if (args.given) take(given, columns, at.slice, 3);
+    load_staged(alpha, columns, layout.slice, 0);
+    load_staged(beta, columns, layout.slice, 1);
+    if (WEIGHT) load_staged(weight, columns, layout.slice, 2);
+    if (args.input_jx) load_staged(input_jx, columns, layout.slice, 3);
 
     A jx[ITEMS][VEC] = {}, jf[ITEMS][VEC] = {};
-    Arrivals arrivals(part, at);
-    for (int first = 0; first < part.rows; first += GROUPS) {
+    Arrivals arrivals(tile, layout);
+    for (int first = 0; first < tile.rows; first += GROUPS) {
         int row = first + group();
         arrivals.await(first);
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
-            if (row >= part.rows || column(i) >= part.width) continue;
+            if (row >= tile.rows || column(i) >= tile.width) continue;
             A x[VEC], f[VEC];
-            read(xs, at.slice, row, i, x);
-            read(fs, at.slice, row, i, f);
+            read(xs, layout.slice, row, i, x);
+            read(fs, layout.slice, row, i, f);
 #pragma unroll
             for (int j = 0; j < VEC; ++j) jx[i][j] += x[j], jf[i][j] += f[j];
         }
     }
-    sum_columns(jf, columns, at.slice);
-    if (!args.given) sum_columns(jx, columns, at.slice);
+    sum_columns(jf, columns, layout.slice);
+    if (!args.input_jx) sum_columns(jx, columns, layout.slice);
 
-    A shift[ITEMS][VEC], a_token = (A)1 / part.Ts;
+    A shift[ITEMS][VEC], per_token = (A)1 / tile.Ts;
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i)
 #pragma unroll
         for (int j = 0; j < VEC; ++j) {
-            jf[i][j] *= a_token;
-            jx[i][j] = args.given ? given[i][j] : jx[i][j] * a_token;
+            jf[i][j] *= per_token;
+            jx[i][j] = args.input_jx ? input_jx[i][j] : jx[i][j] * per_token;
             shift[i][j] = shift_of(alpha[i][j], beta[i][j], jx[i][j], jf[i][j]);
         }
-    // z of this thread's vector of a row
+    // Compute z of one vector of a row.
     auto merge = [&](int row, int i, A(&z)[VEC]) {
         A f[VEC];
-        read(xs, at.slice, row, i, z);
-        read(fs, at.slice, row, i, f);
+        read(xs, layout.slice, row, i, z);
+        read(fs, layout.slice, row, i, f);
 #pragma unroll
         for (int j = 0; j < VEC; ++j) z[j] += beta[i][j] * f[j] + shift[i][j];
     };
-    for (int first = 0; first < part.rows; first += GROUPS) {
+    for (int first = 0; first < tile.rows; first += GROUPS) {
         int row = first + group();
         A squares = 0;
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
-            if (row >= part.rows || column(i) >= part.width) continue;
+            if (row >= tile.rows || column(i) >= tile.width) continue;
             A z[VEC];
             merge(row, i, z);
 #pragma unroll
             for (int j = 0; j < VEC; ++j) squares += z[j] * z[j];
         }
         squares = sum_lanes<LANES>(squares);
-        if (lane() == 0 && row < part.rows) sums[row] = squares;
+        if (lane() == 0 && row < tile.rows) sums[row] = squares;
     }
-    A a_column = (A)1 / (A)args.D;
-    share_rows(part, sums, rstds,
-               [&](A sum) { return reciprocal_root(sum * a_column + (A)args.eps); });
+    A per_column = (A)1 / (A)args.D;
+    reduce_rows(tile, sums, rstds,
+                [&](A sum) { return reciprocal_root(sum * per_column + (A)args.eps); });
 
-    i64 unit = part.unit * args.D;
-    write_columns(args.jf + unit, part, jf);
-    if (!args.given) write_columns(args.jx + unit, part, jx);
-    for (int i = tid(); i < part.rows_each(); i += THREADS) {
-        int row = part.rank * part.rows_each() + i;
-        if (row < part.rows) store_one(args.rstd + part.row0 + row, rstds[row]);
+    i64 unit = tile.unit * args.D;
+    write_columns(args.jf + unit, tile, jf);
+    if (!args.input_jx) write_columns(args.jx + unit, tile, jx);
+    for (int i = tid(); i < tile.rows_per_rank(); i += THREADS) {
+        int row = tile.rank * tile.rows_per_rank() + i;
+        if (row < tile.rows) store_one(args.rstd + tile.row0 + row, rstds[row]);
     }
     A jy[ITEMS][VEC] = {};
-    for (int row = group(); row < part.rows; row += GROUPS) {
+    for (int row = group(); row < tile.rows; row += GROUPS) {
         A rstd = rstds[row];
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
-            if (column(i) >= part.width) continue;
+            if (column(i) >= tile.width) continue;
             A z[VEC];
             merge(row, i, z);
 #pragma unroll
             for (int j = 0; j < VEC; ++j) z[j] *= WEIGHT ? rstd * weight[i][j] : rstd;
             vec<T, VEC> y = narrow<T>(z);
-            store(args.y + part.row_of(row, args.D) + column(i), y);
+            store(args.y + tile.row_offset(row, args.D) + column(i), y);
             if (!CARRY) continue;
             widen<T, VEC>(y, z);
 #pragma unroll
@@ -114,44 +117,45 @@ KERNEL(cluster_fwd, Args, THREADS, THREADS > 256 ? 1 : ITEMS == 1 && !WEIGHT ? 3
         }
     }
     if (!CARRY) return;
-    sum_columns(jy, columns, at.slice);
+    sum_columns(jy, columns, layout.slice);
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i)
 #pragma unroll
-        for (int j = 0; j < VEC; ++j) jy[i][j] *= a_token;
-    write_columns(args.jy + unit, part, jy);
+        for (int j = 0; j < VEC; ++j) jy[i][j] *= per_token;
+    write_columns(args.jy + unit, tile, jy);
 }
 
 #else
 KERNEL(cluster_bwd, Args, THREADS, THREADS > 256 ? 1 : 2) {
-    Part part(args);
-    Layout at(args);
+    Tile tile(args);
+    Layout layout(args);
     global<T> tensors[3] = {args.dy, args.x, args.f};
-    fetch(args, part, at, tensors);
-    T *dys = at.rows_of(0), *kept = at.rows_of(1), *fs = at.rows_of(2);
-    A *sums = at.statistics(0, 3), *means = at.statistics(1, 3), *rstds = at.statistics(2, 3);
-    A* columns = at.columns(3);
-    for (int row = tid(); row < part.rows; row += THREADS)
-        rstds[row] = load_one(args.rstd + part.row0 + row);
+    fetch(args, tile, layout, tensors);
+    T *dys = layout.tensor_rows(0), *saved = layout.tensor_rows(1), *fs = layout.tensor_rows(2);
+    A *sums = layout.statistics(0, 3), *means = layout.statistics(1, 3),
+      *rstds = layout.statistics(2, 3);
+    A* columns = layout.columns(3);
+    for (int row = tid(); row < tile.rows; row += THREADS)
+        rstds[row] = load_one(args.rstd + tile.row0 + row);
 
     A alpha[ITEMS][VEC], beta[ITEMS][VEC], jx[ITEMS][VEC], jf[ITEMS][VEC], weight[ITEMS][VEC];
-    put(args.alpha, part, columns, at.slice, 0);
-    put(args.beta, part, columns, at.slice, 1);
-    put(args.jx, args, part, columns, at.slice, 2);
-    put(args.jf, args, part, columns, at.slice, 3);
-    if (WEIGHT) put(args.weight, part, columns, at.slice, 4);
+    stage(args.alpha, tile, columns, layout.slice, 0);
+    stage(args.beta, tile, columns, layout.slice, 1);
+    stage(args.jx, args, tile, columns, layout.slice, 2);
+    stage(args.jf, args, tile, columns, layout.slice, 3);
+    if (WEIGHT) stage(args.weight, tile, columns, layout.slice, 4);
     barrier_sync();
-    take(alpha, columns, at.slice, 0);
-    take(beta, columns, at.slice, 1);
-    take(jx, columns, at.slice, 2);
-    take(jf, columns, at.slice, 3);
-    if (WEIGHT) take(weight, columns, at.slice, 4);
+    load_staged(alpha, columns, layout.slice, 0);
+    load_staged(beta, columns, layout.slice, 1);
+    load_staged(jx, columns, layout.slice, 2);
+    load_staged(jf, columns, layout.slice, 3);
+    if (WEIGHT) load_staged(weight, columns, layout.slice, 4);
 
-    // g, n and f of this thread's vector of a row
+    // Compute g (before the weight), n and f of one vector of a row.
     auto gradient = [&](int row, int i, A(&g)[VEC], A(&n)[VEC], A(&f)[VEC]) {
-        read(dys, at.slice, row, i, g);
-        read(kept, at.slice, row, i, n);
-        read(fs, at.slice, row, i, f);
+        read(dys, layout.slice, row, i, g);
+        read(saved, layout.slice, row, i, n);
+        read(fs, layout.slice, row, i, f);
         if (!WEIGHT) return;
         A rstd = rstds[row];
 #pragma unroll
@@ -161,15 +165,15 @@ KERNEL(cluster_bwd, Args, THREADS, THREADS > 256 ? 1 : 2) {
         }
     };
     A sum_dz[ITEMS][VEC] = {}, sum_dzf[ITEMS][VEC] = {}, sum_dyn[ITEMS][VEC] = {};
-    Arrivals arrivals(part, at);
-    for (int first = 0; first < part.rows; first += GROUPS) {
+    Arrivals arrivals(tile, layout);
+    for (int first = 0; first < tile.rows; first += GROUPS) {
         int row = first + group();
-        bool live = row < part.rows;
+        bool live = row < tile.rows;
         arrivals.await(first);
         A product = 0;
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
-            if (!live || column(i) >= part.width) continue;
+            if (!live || column(i) >= tile.width) continue;
             A g[VEC], n[VEC], f[VEC];
             gradient(row, i, g, n, f);
 #pragma unroll
@@ -184,8 +188,8 @@ KERNEL(cluster_bwd, Args, THREADS, THREADS > 256 ? 1 : 2) {
         product = sum_lanes<LANES>(product);
         if (lane() == 0 && live) sums[row] = product;
     }
-    A a_column = (A)1 / (A)args.D, a_token = (A)1 / part.Ts;
-    share_rows(part, sums, means, [&](A sum) { return sum * a_column; });
+    A per_column = (A)1 / (A)args.D, per_token = (A)1 / tile.Ts;
+    reduce_rows(tile, sums, means, [&](A sum) { return sum * per_column; });
 
     auto dz_of = [&](int row, int i, A(&dz)[VEC], A(&f)[VEC]) {
         A n[VEC], rstd = rstds[row], mean = means[row];
@@ -196,10 +200,10 @@ KERNEL(cluster_bwd, Args, THREADS, THREADS > 256 ? 1 : 2) {
             dz[j] = rstd * (dz[j] - n[j] * mean);
         }
     };
-    for (int row = group(); row < part.rows; row += GROUPS)
+    for (int row = group(); row < tile.rows; row += GROUPS)
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
-            if (column(i) >= part.width) continue;
+            if (column(i) >= tile.width) continue;
             A dz[VEC], f[VEC];
             dz_of(row, i, dz, f);
 #pragma unroll
@@ -208,30 +212,30 @@ KERNEL(cluster_bwd, Args, THREADS, THREADS > 256 ? 1 : 2) {
                 sum_dzf[i][j] += dz[j] * (f[j] - jf[i][j]);
             }
         }
-    sum_columns(sum_dz, columns, at.slice);
-    sum_columns(sum_dzf, columns, at.slice);
-    if (WEIGHT) sum_columns(sum_dyn, columns, at.slice);
+    sum_columns(sum_dz, columns, layout.slice);
+    sum_columns(sum_dzf, columns, layout.slice);
+    if (WEIGHT) sum_columns(sum_dyn, columns, layout.slice);
 
     i64 plane = args.B * args.S * args.D;
-    global<A> partial = args.partials + part.unit * args.D;
-    write_columns(partial + plane, part, sum_dzf);
-    if (WEIGHT) write_columns(partial + 2 * plane, part, sum_dyn);
+    global<A> partial = args.partials + tile.unit * args.D;
+    write_columns(partial + plane, tile, sum_dzf);
+    if (WEIGHT) write_columns(partial + 2 * plane, tile, sum_dyn);
     A to_dx[ITEMS][VEC], to_df[ITEMS][VEC];
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i)
 #pragma unroll
         for (int j = 0; j < VEC; ++j) {
-            A jdz = sum_dz[i][j] * a_token;
+            A jdz = sum_dz[i][j] * per_token;
             to_dx[i][j] = -alpha[i][j] * jdz;
             to_df[i][j] = (alpha[i][j] - beta[i][j]) * jdz;
-            sum_dz[i][j] *= jf[i][j] - jx[i][j];  // the part of dalpha
+            sum_dz[i][j] *= jf[i][j] - jx[i][j];  // the segment's part of dalpha
         }
-    write_columns(partial, part, sum_dz);
+    write_columns(partial, tile, sum_dz);
 
-    for (int row = group(); row < part.rows; row += GROUPS)
+    for (int row = group(); row < tile.rows; row += GROUPS)
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
-            if (column(i) >= part.width) continue;
+            if (column(i) >= tile.width) continue;
             A dz[VEC], f[VEC], dx[VEC];
             dz_of(row, i, dz, f);
 #pragma unroll
@@ -239,7 +243,7 @@ KERNEL(cluster_bwd, Args, THREADS, THREADS > 256 ? 1 : 2) {
                 dx[j] = dz[j] + to_dx[i][j];
                 f[j] = beta[i][j] * dz[j] + to_df[i][j];
             }
-            i64 to = part.row_of(row, args.D) + column(i);
+            i64 to = tile.row_offset(row, args.D) + column(i);
             store(args.y + to, narrow<T>(dx));
             store(args.df + to, narrow<T>(f));
         }

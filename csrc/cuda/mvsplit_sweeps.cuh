@@ -1,20 +1,21 @@
-// MV-Split in two sweeps over the rows, for segments that no cluster holds and GPUs without one.
+// MV-Split in two sweeps over the rows, for long segments and for GPUs without clusters.
 //
-// Bytes, in passes: forward 5 (sweep_means reads x and f, or f where jx is given; sweep_apply 2
-// read and 1 written), backward 8 (sweep_reduce 3 read; sweep_gradients 2 read and 2 written, 3
-// read with a weight). Partial rows are added in a fixed order.
-// Launch: sweep_means a block for 8 vectors of columns of a segment; sweep_apply and sweep_reduce
-// blocks of at most `share` rows of one segment, `blocks` of them a sample, as rows.cuh says;
-// sweep_units a block for 32 columns of a segment. Shared memory, in A: sweep_means 2 * 256 * VEC,
-// sweep_units 256, the others as rows.cuh says.
+// Bytes, in passes of (B, T, D): forward 5 (sweep_means reads x and f, or only f if jx is an input;
+// sweep_apply 2 read and 1 written), backward 7 (sweep_reduce 3 read; sweep_gradients 2 read and 2
+// written) or 8 with a weight (sweep_gradients 3 read).
+// Launch: sweep_means has a block per 8 vectors of columns of a segment; sweep_apply, sweep_reduce
+// and sweep_gradients have blocks of at most `share` rows of one segment, `blocks` per sample
+// (rows.cuh); sweep_units has a block per 32 columns of a segment. Shared memory, in A: sweep_means
+// 2 * 256 * VEC, sweep_units 256, the others as in rows.cuh. Preconditions: as in rows.cuh.
+// Deterministic: rows of a block and partial rows are added in a fixed order.
 #pragma once
 #include <rows.cuh>
 
 struct Args {
-    global<T> x, f, dy, y, df;  // backward: x is what forward kept, y is dx
+    global<T> x, f, dy, y, df;  // backward: x is the saved tensor, x or y; y is dx
     global<A> rstd, jx, jf;
-    global<A> given, jy;        // forward: jx if it was given; CARRY
-    global<A> shift, jdz;       // (B, S, D): of forward, of backward
+    global<A> input_jx, jy;     // forward: jx if it is an input; means of y if CARRY
+    global<A> shift, jdz;       // (B, S, D), forward and backward
     global<A> mean;             // (B, T): mean_d(g * n)
     global<A> partials, parts;  // (2 or 3, B * blocks, D), (2 or 3, B * S, D)
     Parameter alpha, beta, weight;
@@ -28,7 +29,7 @@ struct Block {
     i64 b, unit, begin, end;  // rows of N = B * T
 };
 
-// Blocks of `share` rows follow each other through the segments of a sample; none crosses an end.
+// Return the rows of this block. A segment has ceil(rows / share) blocks, so no block spans two.
 DEVICE Block block_at(const Args& args) {
     i64 b = ctaid() / args.blocks, block = ctaid() % args.blocks;
     for (int s = 0;; ++s) {
@@ -57,10 +58,10 @@ DEVICE void stage_shift(const Args& args, i64 unit, A* to, int D) {
     }
 }
 
-// Partial rows of a segment's blocks added: the mean of y (CARRY), or jdz and the segment's part of
-// the parameters' gradients.
+// Add the partial rows of the blocks of a segment: forward (CARRY) gives the mean of y, backward
+// gives jdz and the part of the segment in the gradients of the parameters.
 KERNEL(sweep_units, Args, 256, 4) {
-    constexpr int COLUMNS = 32, TOGETHER = 256 / COLUMNS;
+    constexpr int COLUMNS = 32, ROWS_AT_ONCE = 256 / COLUMNS;
     i64 slices = ceil_div<i64>(args.D, COLUMNS);
     i64 pair = ctaid() / slices, b = pair / args.S;  // (sample, segment)
     i64 first = b * args.blocks;
@@ -70,27 +71,27 @@ KERNEL(sweep_units, Args, 256, 4) {
     A Ts = segment.end - segment.begin;
     i64 count = ceil_div<i64>(segment.end - segment.begin, args.share);
     i64 d = ctaid() % slices * COLUMNS + tid() % COLUMNS;
-    i64 unit = b * args.S + segment.index, at = unit * args.D + d;
+    i64 unit = b * args.S + segment.index, offset = unit * args.D + d;
     A* parts = (A*)dynamic_shared();
     int planes = args.jy ? 1 : WEIGHT ? 3 : 2;
     for (int plane = 0; plane < planes; ++plane) {
         global<A> rows = args.partials + (plane * args.B * args.blocks + first) * args.D + d;
         A sum = 0;
-        for (i64 r = tid() / COLUMNS; r < count && d < args.D; r += TOGETHER)
+        for (i64 r = tid() / COLUMNS; r < count && d < args.D; r += ROWS_AT_ONCE)
             sum += load_one(rows + r * args.D);
         barrier_sync();
         parts[tid()] = sum;
         barrier_sync();
         if (tid() >= COLUMNS || d >= args.D) continue;
-        for (int g = 1; g < TOGETHER; ++g) sum += parts[g * COLUMNS + tid()];
+        for (int g = 1; g < ROWS_AT_ONCE; ++g) sum += parts[g * COLUMNS + tid()];
         if (args.jy) {
-            store_one(args.jy + at, sum / Ts);
+            store_one(args.jy + offset, sum / Ts);
             continue;
         }
-        global<A> part = args.parts + plane * args.B * args.S * args.D + at;
+        global<A> part = args.parts + plane * args.B * args.S * args.D + offset;
         if (plane == 0) {
-            store_one(args.jdz + at, sum / Ts);
-            sum *= load_one(args.jf + at) - load_one(args.jx + at);
+            store_one(args.jdz + offset, sum / Ts);
+            sum *= load_one(args.jf + offset) - load_one(args.jx + offset);
         }
         store_one(part, sum);
     }
@@ -98,21 +99,21 @@ KERNEL(sweep_units, Args, 256, 4) {
 
 #if !BACKWARD
 KERNEL(sweep_means, Args, 256, 3) {
-    constexpr int COLUMN_LANES = 8, TOGETHER = 256 / COLUMN_LANES;
+    constexpr int COLUMN_LANES = 8, ROWS_AT_ONCE = 256 / COLUMN_LANES;
     i64 slices = ceil_div<i64>(args.D, COLUMN_LANES * VEC);
     i64 pair = ctaid() / slices, b = pair / args.S;  // (sample, segment)
     Segment segment = args.segments[pair % args.S];
-    int my_lane = tid() % COLUMN_LANES, my_group = tid() / COLUMN_LANES;
-    i64 d = (ctaid() % slices * COLUMN_LANES + my_lane) * VEC;
+    int column_lane = tid() % COLUMN_LANES, row_group = tid() / COLUMN_LANES;
+    i64 d = (ctaid() % slices * COLUMN_LANES + column_lane) * VEC;
     bool live = d < args.D;
     A sum_x[VEC] = {}, sum_f[VEC] = {};
     if (live)
 #pragma unroll 2
-        for (i64 t = segment.begin + my_group; t < segment.end; t += TOGETHER) {
-            i64 at = (b * args.tokens + t) * args.D + d;
+        for (i64 t = segment.begin + row_group; t < segment.end; t += ROWS_AT_ONCE) {
+            i64 offset = (b * args.tokens + t) * args.D + d;
             A x[VEC] = {}, f[VEC];
-            if (!args.given) widen<T, VEC>(load<VEC>(args.x + at), x);
-            widen<T, VEC>(load<VEC>(args.f + at), f);
+            if (!args.input_jx) widen<T, VEC>(load<VEC>(args.x + offset), x);
+            widen<T, VEC>(load<VEC>(args.f + offset), f);
 #pragma unroll
             for (int j = 0; j < VEC; ++j) sum_x[j] += x[j], sum_f[j] += f[j];
         }
@@ -120,42 +121,42 @@ KERNEL(sweep_means, Args, 256, 3) {
 #pragma unroll
     for (int j = 0; j < VEC; ++j) parts[0][tid()][j] = sum_x[j], parts[1][tid()][j] = sum_f[j];
     barrier_sync();
-    if (my_group || !live) return;
-    for (int g = 1; g < TOGETHER; ++g)
+    if (row_group || !live) return;
+    for (int g = 1; g < ROWS_AT_ONCE; ++g)
 #pragma unroll
         for (int j = 0; j < VEC; ++j) {
-            sum_x[j] += parts[0][g * COLUMN_LANES + my_lane][j];
-            sum_f[j] += parts[1][g * COLUMN_LANES + my_lane][j];
+            sum_x[j] += parts[0][g * COLUMN_LANES + column_lane][j];
+            sum_f[j] += parts[1][g * COLUMN_LANES + column_lane][j];
         }
-    i64 at = (b * args.S + segment.index) * args.D + d;
+    i64 offset = (b * args.S + segment.index) * args.D + d;
     A alpha[VEC], beta[VEC], shift[VEC], Ts = segment.end - segment.begin;
     load_parameter<VEC>(args.alpha, d, true, alpha);
     load_parameter<VEC>(args.beta, d, true, beta);
-    if (args.given) widen<A, VEC>(load<VEC>(args.given + at), sum_x);
+    if (args.input_jx) widen<A, VEC>(load<VEC>(args.input_jx + offset), sum_x);
 #pragma unroll
     for (int j = 0; j < VEC; ++j) {
-        if (!args.given) sum_x[j] /= Ts;
+        if (!args.input_jx) sum_x[j] /= Ts;
         sum_f[j] /= Ts;
         shift[j] = shift_of(alpha[j], beta[j], sum_x[j], sum_f[j]);
     }
-    if (!args.given) store(args.jx + at, narrow<A>(sum_x));
-    store(args.jf + at, narrow<A>(sum_f));
-    store(args.shift + at, narrow<A>(shift));
+    if (!args.input_jx) store(args.jx + offset, narrow<A>(sum_x));
+    store(args.jf + offset, narrow<A>(sum_f));
+    store(args.shift + offset, narrow<A>(shift));
 }
 
 KERNEL(sweep_apply, Args, THREADS, RESIDENT) {
     int D = (int)args.D;
     Block block = block_at(args);
     Shared shared(D);
-    A *beta = shared.take(), *shift = shared.take(), *weight = shared.take(WEIGHT);
+    A *beta = shared.allocate(), *shift = shared.allocate(), *weight = shared.allocate(WEIGHT);
     stage(args.beta, beta, D);
     if (WEIGHT) stage(args.weight, weight, D);
     stage_vector(args.shift + block.unit * D, shift, D);
     barrier_sync();
-    Forward at = {args.x, args.f, args.y,         args.rstd, beta,
-                  shift,  weight, shared.scratch, D,         (A)args.eps};
+    ForwardOperands operands = {args.x, args.f, args.y,         args.rstd, beta,
+                                shift,  weight, shared.scratch, D,         (A)args.eps};
     A jy[ITEMS][VEC] = {};
-    forward_rows<CARRY>(at, block.begin, block.end, jy);
+    forward_rows<CARRY>(operands, block.begin, block.end, jy);
     if (CARRY) store_columns(jy, shared.next, D, args.partials + (i64)ctaid() * D);
 }
 
@@ -164,29 +165,30 @@ KERNEL(sweep_reduce, Args, THREADS, RESIDENT) {
     int D = (int)args.D, turn = 0;
     Block block = block_at(args);
     Shared shared(D);
-    A *jf = shared.take(), *beta = shared.take(BRANCH), *shift = shared.take(BRANCH);
-    A* weight = shared.take(WEIGHT);
+    A *jf = shared.allocate(), *beta = shared.allocate(BRANCH), *shift = shared.allocate(BRANCH);
+    A* weight = shared.allocate(WEIGHT);
     stage_vector(args.jf + block.unit * D, jf, D);
     if (BRANCH) stage(args.beta, beta, D);
     if (BRANCH) stage_shift(args, block.unit, shift, D);
     if (WEIGHT) stage(args.weight, weight, D);
     barrier_sync();
-    Backward at = {args.dy, args.x, args.f, args.rstd, beta, shift, weight, shared.scratch, D};
+    BackwardOperands operands = {args.dy, args.x, args.f,         args.rstd, beta,
+                                 shift,   weight, shared.scratch, D};
     A sum_dz[ITEMS][VEC] = {}, sum_dzf[ITEMS][VEC] = {}, dweight[ITEMS][VEC] = {};
     for (i64 first = block.begin; first < block.end; first += GROUPS) {
         i64 r = first + group();
         bool live = r < block.end;
         Row f;
         A dz[ITEMS][VEC];
-        A mean = backward_row(at, r, live, turn, f, dz, dweight);
+        A mean = backward_row(operands, r, live, turn, f, dz, dweight);
         if (live && lane() == 0) store_one(args.mean + r, mean);
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
             A branch[VEC], centre[VEC];
-            widen<T, VEC>(f.at[i], branch);
+            widen<T, VEC>(f.vectors[i], branch);
             read(jf, i, D, centre);
 #pragma unroll
-            for (int j = 0; j < VEC; ++j) {  // dz is zero where the row has ended
+            for (int j = 0; j < VEC; ++j) {  // dz is zero beyond the end of the row
                 sum_dz[i][j] += dz[i][j];
                 sum_dzf[i][j] += dz[i][j] * (branch[j] - centre[j]);
             }
@@ -203,8 +205,8 @@ KERNEL(sweep_gradients, Args, THREADS, RESIDENT) {
     int D = (int)args.D;
     Block block = block_at(args);
     Shared shared(D);
-    A *beta = shared.take(), *to_dx = shared.take(), *to_df = shared.take();
-    A *shift = shared.take(BRANCH), *weight = shared.take(WEIGHT);
+    A *beta = shared.allocate(), *to_dx = shared.allocate(), *to_df = shared.allocate();
+    A *shift = shared.allocate(BRANCH), *weight = shared.allocate(WEIGHT);
     stage(args.beta, beta, D);
     stage(args.alpha, to_dx, D);
     if (WEIGHT) stage(args.weight, weight, D);
@@ -225,11 +227,11 @@ KERNEL(sweep_gradients, Args, THREADS, RESIDENT) {
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
             A dz[VEC], n[VEC], b[VEC], add[VEC];
-            widen<T, VEC>(dy.at[i], dz);
+            widen<T, VEC>(dy.vectors[i], dz);
             if (BRANCH)
                 merge(x, f, beta, shift, i, D, n);
             else
-                widen<T, VEC>(x.at[i], n);
+                widen<T, VEC>(x.vectors[i], n);
             if (WEIGHT) read(weight, i, D, b);
 #pragma unroll
             for (int j = 0; j < VEC; ++j) {

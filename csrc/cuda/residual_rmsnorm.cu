@@ -1,17 +1,19 @@
-// The plain residual with RMSNorm: z = x + scale * f, y = z * rstd * weight; see rows.cuh.
+// Plain residual with RMSNorm: z = x + scale * f, y = z * rstd * weight; rows.cuh has the rest.
 //
 //   dx = dz    df = scale * dz    dscale = sum dz * f    dweight = sum dy * n
 //
-// Bytes, in passes: forward 2 read and 1 written. Backward without parameters 2 and 1: n is y, df
-// is dx. With a scale 3 and 2: n comes from x and f, which are read for dscale in any case.
-// Launch: `share` rows a block, GROUPS at a time; a block leaves a partial row of dscale and of
-// dweight, which sum_rows adds. Shared memory (rows.cuh): a vector each for scale and weight, and
-// the sums backward. Preconditions: rows.cuh's.
+// Bytes, in passes of (B, T, D): forward 2 read and 1 written. Backward without parameters 2 and 1,
+// because n is y and df is dx; with only a weight 3 and 1; with a scale 3 and 2, where n is
+// computed from x and f, since dscale needs f in any case.
+// Launch: blocks of `share` rows, GROUPS at a time. A block leaves one partial row of dscale and of
+// dweight, which sum_rows adds. Shared memory (rows.cuh): one vector each for scale and weight, and
+// the sums in backward. Preconditions: as in rows.cuh.
+// Deterministic: rows of a block and partial rows are added in a fixed order.
 #include <rows.cuh>
 #include <sum_rows.cuh>
 
 struct Args {
-    global<T> x, f, y;  // backward: x is what forward kept
+    global<T> x, f, y;  // backward: x is the saved tensor, x or y
     global<T> dy, dx, df;
     global<A> rstd;
     global<A> dscale, dweight;  // (blocks, D)
@@ -30,25 +32,26 @@ DEVICE i64 end_row(const Args& args) {
 KERNEL(residual_fwd, Args, THREADS, RESIDENT) {
     int D = (int)args.D;
     Shared shared(D);
-    A *scale = shared.take(SCALE), *weight = shared.take(WEIGHT);
+    A *scale = shared.allocate(SCALE), *weight = shared.allocate(WEIGHT);
     if (SCALE) stage(args.scale, scale, D);
     if (WEIGHT) stage(args.weight, weight, D);
     barrier_sync();
-    Forward at = {args.x,  args.f, args.y,         args.rstd, scale,
-                  nullptr, weight, shared.scratch, D,         (A)args.eps};
-    A none[ITEMS][VEC];
-    forward_rows<false>(at, first_row(args), end_row(args), none);
+    ForwardOperands operands = {args.x,  args.f, args.y,         args.rstd, scale,
+                                nullptr, weight, shared.scratch, D,         (A)args.eps};
+    A unused[ITEMS][VEC];
+    forward_rows<false>(operands, first_row(args), end_row(args), unused);
 }
 
 #else
 KERNEL(residual_bwd, Args, THREADS, RESIDENT) {
     int D = (int)args.D, turn = 0;
     Shared shared(D);
-    A *scale = shared.take(SCALE), *weight = shared.take(WEIGHT);
+    A *scale = shared.allocate(SCALE), *weight = shared.allocate(WEIGHT);
     if (SCALE) stage(args.scale, scale, D);
     if (WEIGHT) stage(args.weight, weight, D);
     barrier_sync();
-    Backward at = {args.dy, args.x, args.f, args.rstd, scale, nullptr, weight, shared.scratch, D};
+    BackwardOperands operands = {args.dy, args.x, args.f,         args.rstd, scale,
+                                 nullptr, weight, shared.scratch, D};
     A dscale[ITEMS][VEC] = {}, dweight[ITEMS][VEC] = {};
     i64 end = end_row(args);
     for (i64 first = first_row(args); first < end; first += GROUPS) {
@@ -56,13 +59,13 @@ KERNEL(residual_bwd, Args, THREADS, RESIDENT) {
         bool live = r < end;
         Row f;
         A dz[ITEMS][VEC];
-        backward_row(at, r, live, turn, f, dz, dweight);
+        backward_row(operands, r, live, turn, f, dz, dweight);
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
             store_vector(args.dx + r * D, i, live, D, dz[i]);
             if (!SCALE) continue;
             A branch[VEC], s[VEC];
-            widen<T, VEC>(f.at[i], branch);
+            widen<T, VEC>(f.vectors[i], branch);
             read(scale, i, D, s);
 #pragma unroll
             for (int j = 0; j < VEC; ++j) {

@@ -1,27 +1,29 @@
 // RoPE, QK-Norm, and both in one pass: rotation of the pairs of a head, RMSNorm over the head.
 //
-// R rotates the pair (x1, x2): o1 = x1 cos - x2 sin, o2 = x2 cos + x1 sin; tables need not be unit.
+// R rotates a pair (x1, x2) by theta, or by -theta if `conjugate` is set:
+//   o1 = x1 cos - x2 sin    o2 = x2 cos + x1 sin    (cos^2 + sin^2 need not be 1)
 //
 //   rotation first   u = R x              n = u * rstd(u)          y = n * w
 //   norm first       n = x * rstd(x)                               y = R (n * w)
 //
-// Backward, with R^T the transposed rotation and g what reaches n * w:
+// Backward, with R^T the transposed rotation and g the gradient of n * w:
 //
 //   rotation first   g = dy      du = norm'(g * w, n)              dx = R^T du
 //   norm first       g = R^T dy                                    dx = norm'(g * w, n)
 //   dw = sum g * n   norm'(g, n) = rstd * (g - n * mean(g * n))
 //
-// n is the result y itself where rotation comes first and there is no weight; else it is computed
-// again from the input, so `x` below is y or x: what forward kept.
+// With rotation first and no weight n is the result y. Otherwise backward computes n again from the
+// input. `x` of a backward kernel is therefore the saved tensor: y or the input.
 //
-// Bytes, in passes over q and k: forward 1 read and 1 written of each, backward 2 and 1; a row of
-// cos and of sin once a token, for all heads of q and k; rstd once.
-// Launch: LANES threads a token, who walk through its heads BATCH at a time; a thread has ITEMS
-// vectors of VEC neighbours of the first halves and their VEC partners (interleaved: 2 VEC
-// neighbours): 16 bytes of bf16, no exchange for the rotation, log2(LANES) shuffles for the norm.
-// With a weight a block walks over `tokens_per_block` tokens and leaves a row of partial sums of dw
-// (shared memory: warps * D * sizeof(A)); sum_rows adds them.
-// Preconditions: VEC divides D / 2 and every stride; VEC = 1 where D is odd; pointers aligned.
+// Bytes, in passes over q and k: forward 1 read and 1 written of each, backward 2 and 1. In
+// addition one row of cos and of sin per token, for all heads of q and k, and rstd once.
+// Launch: LANES threads per token process its heads BATCH at a time. A thread has ITEMS vectors of
+// VEC adjacent elements of the first half and the VEC partners of each (interleaved: 2 VEC adjacent
+// elements): 16 bytes of bf16 each. The rotation needs no exchange between threads, the norm
+// log2(LANES) shuffles. With a weight a block loops over `tokens_per_block` tokens and leaves one
+// row of partial sums of dw (shared memory: warps * D * sizeof(A)), which sum_rows adds.
+// Preconditions: VEC divides D / 2 and each stride; VEC = 1 if D is odd; aligned pointers.
+// Deterministic: tokens and heads of a block and partial rows are added in a fixed order.
 #include <common.cuh>
 #include <sum_rows.cuh>
 
@@ -36,9 +38,9 @@
 #define WEIGHT 0
 #endif
 constexpr int THREADS = 128;
-constexpr int GROUPS = THREADS / LANES;  // tokens that a block has in hand at once
+constexpr int GROUPS = THREADS / LANES;  // tokens that a block processes at the same time
 
-// q or k; no heads: there is no such tensor.
+// q or k; `heads` is 0 if there is no such tensor.
 struct Side {
     global<T> x, dy, out;     // out: y, or dx
     global<A> rstd, dweight;  // dweight: (blocks, D)
@@ -54,13 +56,14 @@ struct Args {
     i64 table_sample, table_token;
     i64 tokens_per_sample, tokens, D, tokens_per_block;
     double eps;
-    double sign;  // of sin: -1 rotates back
+    i64 conjugate;  // 1: rotate by -theta
 };
 
 struct Pairs {
     A first[ITEMS][VEC], second[ITEMS][VEC];
 };
-// Pairs as they lie in memory: VEC first elements and their VEC partners, or 2 VEC neighbours.
+// Pairs in the order of memory: VEC first elements and their VEC partners, or 2 VEC adjacent
+// elements.
 template <typename E>
 struct RawPairs {
     vec<E, VEC> low[ITEMS], high[ITEMS];
@@ -70,16 +73,16 @@ DEVICE int lane() { return tid() % LANES; }
 DEVICE int pair_of(int item) { return (lane() + item * LANES) * VEC; }
 DEVICE int half(const Args& args) { return (int)(args.D + 1) / 2; }
 DEVICE bool has_pair(const Args& args, int pair) { return pair < half(args); }
-// Of an odd head the last pair has no second element; such heads have VEC = 1.
+// The last pair of an odd head has no second element; such heads have VEC = 1.
 DEVICE bool has_second(const Args& args, int pair) {
     return VEC > 1 || pair + half(args) < (int)args.D;
 }
 
-// The element after which the partners lie that a thread loads together with those from `pair` on.
-DEVICE int high_at(const Args& args, int pair) {
+// Offsets of the two vectors that hold VEC pairs, the first of which is `pair`.
+DEVICE int low_offset(int pair) { return INTERLEAVED ? 2 * pair : pair; }
+DEVICE int high_offset(const Args& args, int pair) {
     return INTERLEAVED ? 2 * pair + VEC : pair + half(args);
 }
-DEVICE int low_at(int pair) { return INTERLEAVED ? 2 * pair : pair; }
 
 template <typename E>
 DEVICE void load_pairs(const Args& args, global<E> row, bool live, RawPairs<E>& raw) {
@@ -88,8 +91,8 @@ DEVICE void load_pairs(const Args& args, global<E> row, bool live, RawPairs<E>& 
         int pair = pair_of(i);
         raw.low[i] = raw.high[i] = {};
         if (!live || !has_pair(args, pair)) continue;
-        raw.low[i] = load<VEC>(row + low_at(pair));
-        if (has_second(args, pair)) raw.high[i] = load<VEC>(row + high_at(args, pair));
+        raw.low[i] = load<VEC>(row + low_offset(pair));
+        if (has_second(args, pair)) raw.high[i] = load<VEC>(row + high_offset(args, pair));
     }
 }
 
@@ -102,7 +105,7 @@ DEVICE void widen(const RawPairs<E>& raw, Pairs& p) {
         widen<E, VEC>(raw.high[i], high);
 #pragma unroll
         for (int j = 0; j < VEC; ++j) {
-            int a = 2 * j, b = 2 * j + 1;  // where interleaved pairs lie in low and high
+            int a = 2 * j, b = 2 * j + 1;  // indices of an interleaved pair in [low, high]
             p.first[i][j] = !INTERLEAVED ? low[j] : a < VEC ? low[a % VEC] : high[a % VEC];
             p.second[i][j] = !INTERLEAVED ? high[j] : b < VEC ? low[b % VEC] : high[b % VEC];
         }
@@ -122,19 +125,19 @@ DEVICE void store_pairs(const Args& args, global<T> row, bool live, const Pairs&
             low[j] = !INTERLEAVED ? even[j] : j % 2 ? odd[a] : even[a];
             high[j] = !INTERLEAVED ? odd[j] : (j + VEC) % 2 ? odd[b] : even[b];
         }
-        store(row + low_at(pair), narrow<T>(low));
-        if (has_second(args, pair)) store(row + high_at(args, pair), narrow<T>(high));
+        store(row + low_offset(pair), narrow<T>(low));
+        if (has_second(args, pair)) store(row + high_offset(args, pair), narrow<T>(high));
     }
 }
 
 DEVICE void load_weight(const Args& args, const Parameter& weight, Pairs& p) {
     if (weight.narrow) {
         RawPairs<T> raw;
-        load_pairs(args, global<T>{weight.at}, true, raw);
+        load_pairs(args, global<T>{weight.address}, true, raw);
         widen(raw, p);
     } else {
         RawPairs<float> raw;
-        load_pairs(args, global<float>{weight.at}, true, raw);
+        load_pairs(args, global<float>{weight.address}, true, raw);
         widen(raw, p);
     }
 }
@@ -148,9 +151,10 @@ DEVICE Token token_at(const Args& args, i64 n, i64 end) {
     return {n, n / args.tokens_per_sample, n % args.tokens_per_sample, n < end};
 }
 
-// cos in `first`, sin in `second`.
+// Load cos into `first` and sin, negated if `conjugate`, into `second`.
 DEVICE void load_angles(const Args& args, const Token& token, Pairs& angles) {
     if (!ROTATE) return;
+    A sign = args.conjugate ? -1 : 1;
     i64 row = token.sample * args.table_sample + token.t * args.table_token;
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
@@ -158,11 +162,11 @@ DEVICE void load_angles(const Args& args, const Token& token, Pairs& angles) {
         load_parameter<VEC>(args.cos, row + pair_of(i), live, angles.first[i]);
         load_parameter<VEC>(args.sin, row + pair_of(i), live, angles.second[i]);
 #pragma unroll
-        for (int j = 0; j < VEC; ++j) angles.second[i][j] *= (A)args.sign;
+        for (int j = 0; j < VEC; ++j) angles.second[i][j] *= sign;
     }
 }
 
-// direction 1: R; -1: its transpose.
+// Multiplie by R if `direction` is 1, by its transpose if it is -1.
 template <int direction>
 DEVICE void rotate(const Pairs& angles, Pairs& p) {
     if (!ROTATE) return;
@@ -177,27 +181,27 @@ DEVICE void rotate(const Pairs& angles, Pairs& p) {
         }
 }
 
-DEVICE void scale(Pairs& p, A by) {
+DEVICE void scale(Pairs& p, A factor) {
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i)
 #pragma unroll
         for (int j = 0; j < VEC; ++j) {
-            p.first[i][j] *= by;
-            p.second[i][j] *= by;
+            p.first[i][j] *= factor;
+            p.second[i][j] *= factor;
         }
 }
 
-DEVICE void multiply(Pairs& p, const Pairs& by) {
+DEVICE void multiply(Pairs& p, const Pairs& factors) {
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i)
 #pragma unroll
         for (int j = 0; j < VEC; ++j) {
-            p.first[i][j] *= by.first[i][j];
-            p.second[i][j] *= by.second[i][j];
+            p.first[i][j] *= factors.first[i][j];
+            p.second[i][j] *= factors.second[i][j];
         }
 }
 
-// sum of a * b over the head, on each of its lanes.
+// Return the sum of a * b over the head, on each of its lanes.
 DEVICE A inner_product(const Pairs& a, const Pairs& b) {
     A sum = 0;
 #pragma unroll
@@ -216,7 +220,7 @@ DEVICE void forward(const Args& args, const Side& side, const Token& token, cons
     int heads = (int)side.heads;
     global<T> x = side.x + token.sample * side.x_sample + token.t * side.x_token;
     global<T> y = side.out + token.n * heads * args.D;
-    A mine = 0;  // rstd of head `lane` of the LANES heads at hand: stored together
+    A lane_rstd = 0;  // rstd of head `lane` of each LANES heads, which are stored together
     for (int first = 0; first < heads; first += BATCH) {
         RawPairs<T> raw[BATCH];
 #pragma unroll
@@ -233,10 +237,11 @@ DEVICE void forward(const Args& args, const Side& side, const Token& token, cons
             if (NORM) {
                 A rstd = reciprocal_root(inner_product(p, p) / (A)args.D + (A)args.eps);
                 scale(p, rstd);
-                if (h % LANES == lane()) mine = rstd;
+                if (h % LANES == lane()) lane_rstd = rstd;
                 if (h < heads && (h % LANES == LANES - 1 || h == heads - 1)) {
-                    int at = h - h % LANES + lane();
-                    if (token.live && at <= h) store_one(side.rstd + token.n * heads + at, mine);
+                    int head = h - h % LANES + lane();
+                    if (token.live && head <= h)
+                        store_one(side.rstd + token.n * heads + head, lane_rstd);
                 }
             }
             if (WEIGHTED) multiply(p, weight);
@@ -256,10 +261,10 @@ DEVICE void backward(const Args& args, const Side& side, const Token& token, con
     global<T> dy = side.dy + token.sample * side.dy_sample + token.t * side.dy_token;
     global<T> x = side.x + token.sample * side.x_sample + token.t * side.x_token;
     global<T> dx = side.out + token.n * heads * args.D;
-    A rstds = 0;  // of head `lane` of the LANES heads at hand
+    A lane_rstd = 0;  // rstd of head `lane` of each LANES heads
     for (int first = 0; first < heads; first += BATCH) {
         if (first % LANES == 0 && token.live && first + lane() < heads)
-            rstds = load_one(side.rstd + token.n * heads + first + lane());
+            lane_rstd = load_one(side.rstd + token.n * heads + first + lane());
         RawPairs<T> raw_dy[BATCH], raw_x[BATCH];
 #pragma unroll
         for (int b = 0; b < BATCH; ++b) {
@@ -271,7 +276,7 @@ DEVICE void backward(const Args& args, const Side& side, const Token& token, con
 #pragma unroll
         for (int b = 0; b < BATCH; ++b) {
             int h = first + b;
-            A rstd = shuffle_from(rstds, (tid() % 32) / LANES * LANES + h % LANES);
+            A rstd = shuffle_from(lane_rstd, (tid() % 32) / LANES * LANES + h % LANES);
             Pairs g, n;
             widen(raw_dy[b], g);
             widen(raw_x[b], n);
@@ -284,7 +289,7 @@ DEVICE void backward(const Args& args, const Side& side, const Token& token, con
 #pragma unroll
                 for (int i = 0; i < ITEMS; ++i)
 #pragma unroll
-                    for (int j = 0; j < VEC; ++j) {  // zeros where no head is
+                    for (int j = 0; j < VEC; ++j) {  // zero if there is no such head
                         dweight.first[i][j] += g.first[i][j] * n.first[i][j];
                         dweight.second[i][j] += g.second[i][j] * n.second[i][j];
                     }
@@ -304,7 +309,7 @@ DEVICE void backward(const Args& args, const Side& side, const Token& token, con
     }
 }
 
-// The sum over the tokens and heads of this block: one row of partial sums.
+// Store the sum of dw over the tokens and heads of this block, one partial row.
 DEVICE void store_dweight(const Args& args, const Side& side, const Pairs& dweight) {
     A* parts = (A*)dynamic_shared();  // [warps][D]
     int D = (int)args.D, warp = tid() / 32;
@@ -317,10 +322,10 @@ DEVICE void store_dweight(const Args& args, const Side& side, const Pairs& dweig
             A second = sum_lanes<32 / LANES>(dweight.second[i][j], LANES);
             int pair = pair_of(i);
             if (tid() % 32 >= LANES || !has_pair(args, pair)) continue;
-            int at = INTERLEAVED ? 2 * (pair + j) : pair + j;
-            parts[warp * D + at] = first;
+            int d = INTERLEAVED ? 2 * (pair + j) : pair + j;
+            parts[warp * D + d] = first;
             if (has_second(args, pair))
-                parts[warp * D + (INTERLEAVED ? at + 1 : at + half(args))] = second;
+                parts[warp * D + (INTERLEAVED ? d + 1 : d + half(args))] = second;
         }
     barrier_sync();
     for (int d = tid(); d < D; d += THREADS) {

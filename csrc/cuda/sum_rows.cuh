@@ -1,7 +1,9 @@
-// sums[o][d] = sum_r partials[o][r][d], the rows added in an order that nothing changes.
+// sums[o][d] = sum_r partials[o][r][d]: the last step of each parameter gradient.
 //
-// Launch: outputs * ceil(width / 32) blocks of 256 threads: 32 columns, 128 bytes of float32, and
-// 8 rows at a time, whose sums meet in shared memory (8 * 32 * sizeof(A)).
+// Bytes: the partial rows are read once and the sums written once.
+// Launch: outputs * ceil(width / 32) blocks of 256 threads. A block sums 32 columns (128 bytes of
+// float32) of 8 rows at a time; the 8 sums of a column are added in shared memory
+// (256 * sizeof(A) bytes). Deterministic: the order of each sum is fixed.
 #pragma once
 #include <common.cuh>
 

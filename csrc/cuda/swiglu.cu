@@ -2,10 +2,12 @@
 //
 //   s = sigmoid(gate)    dvalue = dy * gate * s    dgate = dy * value * s * (1 + gate * (1 - s))
 //
-// Bytes, in N*F elements: forward 2 read and 1 written, backward 3 and 2: what must move.
-// Launch: a flat grid over the vectors of the result, so that no width is padded; a thread has
-// ITEMS vectors, THREADS apart, all of whose loads are in flight before the first is used.
+// Bytes, in N*F elements: forward 2 read and 1 written, backward 3 and 2, which is the minimum.
+// Launch: a flat grid over the vectors of the result, so that no width is padded. A thread
+// processes ITEMS vectors at a distance of THREADS, and issues all of their loads before it uses
+// the first.
 // Preconditions: VEC divides F and the row strides of x, y and dy; pointers aligned to a vector.
+// Deterministic: no sums.
 #include <common.cuh>
 
 #ifndef VEC
@@ -27,13 +29,13 @@ DEVICE float sigmoid(float v) {
 }
 DEVICE double sigmoid(double v) { return 1 / (1 + exp_f64(-v)); }
 
-struct Place {
+struct Position {
     i64 row, column;
     bool live;
 };
 
-// The vectors of a thread. 64-bit division once a block; within it 32 bits do.
-DEVICE Place place(const Args& args, int item) {
+// Position of a vector of this thread. Only the first row of a block needs a 64-bit division.
+DEVICE Position position_of(const Args& args, int item) {
     u32 per_row = (u32)(args.F / VEC);
     i64 start = (i64)ctaid() * (THREADS * ITEMS);
     i64 row = start / per_row;
@@ -44,42 +46,42 @@ DEVICE Place place(const Args& args, int item) {
 
 KERNEL(swiglu_fwd, Args, THREADS, 4) {
     vec<T, VEC> gates[ITEMS], values[ITEMS];
-    Place places[ITEMS];
+    Position positions[ITEMS];
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
-        Place at = places[i] = place(args, i);
-        if (!at.live) continue;
-        global<T> x = args.x + at.row * args.x_stride + at.column;
+        Position p = positions[i] = position_of(args, i);
+        if (!p.live) continue;
+        global<T> x = args.x + p.row * args.x_stride + p.column;
         gates[i] = load<VEC>(x);
         values[i] = load<VEC>(x + args.F);
     }
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
-        if (!places[i].live) continue;
+        if (!positions[i].live) continue;
         A gate[VEC], value[VEC];
         widen<T, VEC>(gates[i], gate);
         widen<T, VEC>(values[i], value);
 #pragma unroll
         for (int j = 0; j < VEC; ++j) value[j] *= gate[j] * sigmoid(gate[j]);
-        store(args.y + places[i].row * args.y_stride + places[i].column, narrow<T>(value));
+        store(args.y + positions[i].row * args.y_stride + positions[i].column, narrow<T>(value));
     }
 }
 
 KERNEL(swiglu_bwd, Args, THREADS, 3) {
     vec<T, VEC> gates[ITEMS], values[ITEMS], dys[ITEMS];
-    Place places[ITEMS];
+    Position positions[ITEMS];
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
-        Place at = places[i] = place(args, i);
-        if (!at.live) continue;
-        global<T> x = args.x + at.row * args.x_stride + at.column;
+        Position p = positions[i] = position_of(args, i);
+        if (!p.live) continue;
+        global<T> x = args.x + p.row * args.x_stride + p.column;
         gates[i] = load<VEC>(x);
         values[i] = load<VEC>(x + args.F);
-        dys[i] = load<VEC>(args.dy + at.row * args.dy_stride + at.column);
+        dys[i] = load<VEC>(args.dy + p.row * args.dy_stride + p.column);
     }
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
-        if (!places[i].live) continue;
+        if (!positions[i].live) continue;
         A gate[VEC], value[VEC], dy[VEC];
         widen<T, VEC>(gates[i], gate);
         widen<T, VEC>(values[i], value);
@@ -91,7 +93,7 @@ KERNEL(swiglu_bwd, Args, THREADS, 3) {
             value[j] = dy[j] * gate[j] * s;  // dvalue
             gate[j] = dgate;
         }
-        global<T> dx = args.y + places[i].row * args.y_stride + places[i].column;
+        global<T> dx = args.y + positions[i].row * args.y_stride + positions[i].column;
         store(dx, narrow<T>(gate));
         store(dx + args.F, narrow<T>(value));
     }

@@ -1,7 +1,7 @@
-// Tensors in, pointers out: what the bindings in module.cpp need to call a kernel.
+// Conversion of tensors into the pointers and strides that a CPU kernel takes.
 //
-// Users' mistakes are told in mvsplit_ops/_check.py; the checks here keep a direct call of a
-// backward op inside its tensors.
+// mvsplit_ops/_check.py reports wrong arguments to users. The checks here only guarantee memory
+// safety: a direct call of a backward op cannot access memory outside its tensors.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -15,9 +15,7 @@ namespace mvsplit {
 using at::Tensor;
 using OptTensor = std::optional<Tensor>;
 
-const Kernels& kernels();  // of the instruction set in use
-
-// Accumulator dtype of an activation dtype.
+// Return the dtype of sums and statistics of an activation.
 inline c10::ScalarType acc_dtype(const Tensor& t) {
     return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
@@ -32,33 +30,34 @@ inline Tensor zeros_acc(const Tensor& like, at::IntArrayRef sizes) {
 
 inline void check_shape(const char* name, const Tensor& t, at::IntArrayRef sizes) {
     TORCH_CHECK(t.device().is_cpu() && t.sizes() == sizes, "mvsplit_ops: ", name,
-                " must be a CPU tensor ", sizes, ", got ", t.sizes(), " on ", t.device());
+                " must be a CPU tensor of shape ", sizes, ", got shape ", t.sizes(), " on ",
+                t.device());
 }
 
 inline void check_like(const char* name, const Tensor& t, const Tensor& like,
                        at::IntArrayRef sizes) {
     check_shape(name, t, sizes);
     TORCH_CHECK(t.scalar_type() == like.scalar_type(), "mvsplit_ops: ", name, " must be ",
-                like.scalar_type(), ", got ", t.scalar_type());
+                like.scalar_type(), " as the other activations, got ", t.scalar_type());
 }
 
-// A parameter or statistic as a contiguous accumulator tensor; `keep` owns it while the kernel
-// runs.
+// Return the data of a parameter or statistic, contiguous and in the accumulator dtype. `owner`
+// receives the tensor that holds them and must outlive the kernel.
 inline void* acc_data(const char* name, const Tensor& t, at::IntArrayRef sizes,
-                      c10::ScalarType dtype, Tensor& keep) {
+                      c10::ScalarType dtype, Tensor& owner) {
     check_shape(name, t, sizes);
-    keep = t.to(dtype).contiguous();
-    return keep.data_ptr();
+    owner = t.to(dtype).contiguous();
+    return owner.data_ptr();
 }
 
 inline void* acc_data(const char* name, const OptTensor& t, at::IntArrayRef sizes,
-                      c10::ScalarType dtype, Tensor& keep) {
-    return t ? acc_data(name, *t, sizes, dtype, keep) : nullptr;
+                      c10::ScalarType dtype, Tensor& owner) {
+    return t ? acc_data(name, *t, sizes, dtype, owner) : nullptr;
 }
 
-// Stride between rows when dims [0, lead) of t collapse into rows whose elements (dims from lead
-// on) are contiguous: a view of a packed projection, or a row expanded over the batch. Else
-// nothing.
+// Return the stride between rows if dims [0, lead) of t collapse into one dim of rows and the
+// elements of a row (the dims from `lead` on) are contiguous; otherwise nothing. A view of a packed
+// projection and a row expanded over the batch have such a stride.
 inline std::optional<int64_t> row_stride(const Tensor& t, int64_t lead) {
     int64_t inner = 1;
     for (int64_t d = t.dim() - 1; d >= lead; --d) {
@@ -77,7 +76,8 @@ inline std::optional<int64_t> row_stride(const Tensor& t, int64_t lead) {
     return stride;
 }
 
-// Rows of t; a layout that rows cannot describe is copied once, and `t` then holds the copy.
+// Return the rows of t. If its layout has no constant row stride, `t` is replaced by a contiguous
+// copy.
 inline Rows rows(Tensor& t, int64_t lead) {
     auto stride = row_stride(t, lead);
     if (!stride) {

@@ -118,7 +118,7 @@ class _Plan:
         x = self.x = xs[0]
         B, self.T, _, self.D = x.shape
         self.tokens = B * self.T if self.D else 0
-        rotate, self.sign = bool(angles), -1.0 if flags["conjugate"] else 1.0
+        rotate, self.conjugate = bool(angles), flags["conjugate"]
         self.angles, self.table_strides = tables(angles, x) if rotate else ((None, None), (0, 0))
         half = self.D // 2 if self.D % 2 == 0 else 1
         strides = [s for t in (*xs, *dys) if t is not None for s in t.stride()[:3]]
@@ -136,7 +136,7 @@ class _Plan:
             Launch(kernel, ceil_div(self.tokens, share), THREADS, shared=shared),
             (
                 *(*sides[0], *sides[1], *parameter(cos), *parameter(sin), *self.table_strides),
-                *(self.T, self.tokens, self.D, share, eps, self.sign),
+                *(self.T, self.tokens, self.D, share, eps, self.conjugate),
             ),
         )
 
