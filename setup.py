@@ -1,11 +1,12 @@
-"""Builds mvsplit_ops._C; everything else about the package is in pyproject.toml.
+"""Build of the extension mvsplit_ops._C; pyproject.toml holds everything else about the package.
 
     pip install -e . --no-build-isolation
 
-No build isolation: the extension must be built against the torch that will load it. The kernels in
-csrc/cpu are compiled once per instruction set and chosen at run time, so that a build made on one
-machine runs on another. Those in csrc/cuda need no build: what models of usual shapes take of them
-is compiled here all the same where there is an nvcc, and the rest at first use.
+Build isolation must be off, because the extension has to be built against the torch that will load
+it. The kernels in csrc/cpu are compiled once per instruction set, and the extension chooses one at
+run time, so a build runs on other machines too. The kernels in csrc/cuda do not need a build: NVRTC
+compiles them at first use. If nvcc is installed, the build compiles those of common model shapes
+ahead of time.
 """
 
 import platform
@@ -14,23 +15,25 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ModuleNotFoundError as error:
     raise SystemExit(
-        "mvsplit_ops: torch must be installed first, and the build must see it:\n"
+        "mvsplit_ops: building the extension needs torch in this environment, but torch is not "
+        "installed. Install it, then build without isolation:\n"
         "    pip install 'torch>=2.10' ninja pybind11 setuptools\n"
         "    pip install -e . --no-build-isolation"
     ) from error
 
 KERNELS = sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))
+HOST = sorted(str(p) for p in Path("csrc/host").glob("*.cpp"))
 HEADERS = sorted(str(p) for p in Path("csrc").rglob("*.h"))
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
-# -fopenmp is given to the compiler alone: the OpenMP runtime must be the one that torch has loaded.
+# -fopenmp is not passed to the linker: the OpenMP runtime must be the one that torch has loaded.
 COMMON = [
     "-O3",
     "-g0",
@@ -40,8 +43,8 @@ COMMON = [
     "-Wno-psabi",
 ]
 
-# Slowest first. A template or inline function that two instruction sets both compile is kept once,
-# from the object that comes first, so this order keeps the baseline's copy.
+# The baseline comes first: of an inline function or template that several instruction sets compile,
+# the linker keeps the copy of the first object, which must run on every processor.
 INSTRUCTION_SETS = {"DEFAULT": []}
 if X86:
     INSTRUCTION_SETS["AVX2"] = ["-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c"]
@@ -56,28 +59,32 @@ CUDA_ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
 
 
 class Package(build_py):
-    """build_py that first fills mvsplit_ops/_cuda/prebuilt, as far as an nvcc can."""
+    """build_py that first compiles CUDA kernels into mvsplit_ops/_cuda/prebuilt if nvcc exists."""
 
-    def run(self):
+    def run(self) -> None:
         if shutil.which("nvcc"):
             self.compile_cuda()
         super().run()
 
-    def compile_cuda(self):
+    def compile_cuda(self) -> None:
+        """Run `python -m mvsplit_ops build`. A failure is only a warning: NVRTC can do it later."""
         arguments = ["build", "--compiler", "nvcc", "--dtype", "bf16", "--arch"]
         command = [sys.executable, "-m", "mvsplit_ops", *arguments, *CUDA_ARCHITECTURES]
         root = Path(__file__).resolve().parent
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-        if done.returncode:
-            reason = (done.stderr.strip() or "no reason given").splitlines()
-            reason = next((line for line in reason if line.startswith("mvsplit_ops")), reason[-1])
-            self.warn(f"not every CUDA kernel was built now; NVRTC will, at first use: {reason}")
+        process = subprocess.run(command, cwd=root, capture_output=True, text=True)
+        if process.returncode:
+            lines = (process.stderr.strip() or "the build printed no error").splitlines()
+            reason = next((line for line in lines if line.startswith("mvsplit_ops")), lines[-1])
+            self.warn(
+                "not all CUDA kernels were compiled ahead of time; NVRTC compiles the rest at "
+                f"first use: {reason}"
+            )
 
 
 class Build(BuildExtension):
     """BuildExtension that compiles csrc/cpu once for each instruction set."""
 
-    def build_extension(self, ext):
+    def build_extension(self, ext: Extension) -> None:
         ext.extra_objects = []
         for name, flags in INSTRUCTION_SETS.items():
             ext.extra_objects += self.compiler.compile(
@@ -94,7 +101,7 @@ setup(
     ext_modules=[
         CppExtension(
             "mvsplit_ops._C",
-            ["csrc/host/module.cpp"],
+            HOST,
             include_dirs=[str(Path("csrc").resolve())],
             depends=HEADERS,
             extra_compile_args=[*COMMON, *(["-DMVSPLIT_X86"] if X86 else [])],

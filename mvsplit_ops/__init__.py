@@ -12,6 +12,7 @@ where: `python -m mvsplit_ops`, or mv.backends().
 from mvsplit_ops import reference
 from mvsplit_ops._backends import backends, use_backend
 from mvsplit_ops._register import recompute_cheap_ops
+from mvsplit_ops._version import __version__ as __version__
 from mvsplit_ops.modules import MVSplitRMSNorm
 from mvsplit_ops.mvsplit_rmsnorm import mvsplit_rmsnorm, mvsplit_rmsnorm_with_mean
 from mvsplit_ops.qk_norm import qk_norm
@@ -19,8 +20,6 @@ from mvsplit_ops.residual_rmsnorm import residual_rmsnorm
 from mvsplit_ops.rope import rope
 from mvsplit_ops.rope_qk_norm import rope_qk_norm
 from mvsplit_ops.swiglu import swiglu
-
-__version__ = "0.1.0"
 
 __all__ = [
     "MVSplitRMSNorm",
