@@ -6,10 +6,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from bench.cases import Case, Function, Inputs, Kwargs, Tensors, generator_on
+from bench.cases import Case, Function, Inputs, Kwargs, Results, Tensors, generator_on
 
-Forward = Callable[[], tuple[Tensor, ...]]
-Backward = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+Calls = tuple[
+    Callable[[], Results], Callable[[Results], Results]
+]  # forward, backward of its results
 
 
 class Inaccurate(AssertionError):
@@ -71,15 +72,15 @@ def make_cotangents(
 
 def forward_backward(
     function: Function, activations: Tensors, constants: Tensors, kwargs: Kwargs
-) -> tuple[Forward, Backward]:
+) -> Calls:
     """Return the (forward, backward) calls of an implementation that are timed."""
     leaves = [t.detach().requires_grad_() for t in activations]
     cotangents = make_cotangents(function, activations, constants, kwargs)
 
-    def forward() -> tuple[Tensor, ...]:
+    def forward() -> Results:
         return function(leaves, constants, kwargs)
 
-    def backward(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def backward(outputs: Results) -> Results:
         return torch.autograd.grad(outputs, leaves, cotangents)
 
     return forward, backward

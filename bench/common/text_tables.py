@@ -36,6 +36,15 @@ def format_markdown(columns: Row, rows: Iterable[Row]) -> str:
     return "\n".join([head, rule, *body])
 
 
+def format_ratio(base: float | None, value: float) -> str:
+    """Return how many times faster `value` is than `base`, both in seconds."""
+    return f"{base / value:.2f}x" if base else NOTHING
+
+
+def format_scaled(value: float | None, unit: float, digits: int = 1) -> str:
+    return NOTHING if value is None else f"{value / unit:,.{digits}f}"
+
+
 def shape_text(shape: Mapping[str, Any]) -> str:
     """Return the size and the width of a record's shape."""
     return f"{size_text(shape)}, {width_text(shape)}"

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from bench.cases import Case, Function, Inputs, Shape, is_cuda
+from bench.cases import Case, Function, Inputs, Results, Shape, is_cuda
 
 _L2_FLUSH_BYTES = 256 << 20  # several times the L2 of any current GPU
 _MOST_SETS = 32  # sets of inputs in one captured graph
@@ -112,11 +112,11 @@ class Replay:
         self._stream.wait_stream(torch.cuda.current_stream())
         leaves = [[t.detach().requires_grad_() for t in activations] for activations, *_ in sets]
 
-        def run(i: int) -> tuple[Tensor, ...]:
+        def run(i: int) -> Results:
             _, constants, kwargs = sets[i]
             return call(leaves[i], constants, kwargs)
 
-        def back(i: int, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        def back(i: int, outputs: Results) -> Results:
             return torch.autograd.grad(outputs, leaves[i], cotangents[i])
 
         every = range(self.count)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from bench.cases import Case, Function, Kwargs, Operator, Tensors, is_cuda
+from bench.cases import Case, Function, Kwargs, Operator, Results, Tensors, is_cuda
 from mvsplit_ops import _backends, reference
 
 IMPLEMENTATIONS = ("eager", "compile", "cpu", "triton", "cuda", "liger", "quack", "published")
@@ -66,7 +66,7 @@ def load_function(name: str, case: Case, device: str, published: Path | None = N
         raise RuntimeError(f"{case.op}: '{name}' cannot run on {device}: {reason}")
     op = PEERS[name][case.op](published)
 
-    def call(activations: Tensors, constants: Tensors, kwargs: Kwargs) -> tuple[Tensor, ...]:
+    def call(activations: Tensors, constants: Tensors, kwargs: Kwargs) -> Results:
         return op(*activations, *constants, **kwargs)
 
     return call
@@ -160,7 +160,7 @@ Loader = Callable[[Path | None], Operator]
 def _liger_rope(_: Path | None) -> Operator:
     from liger_kernel.ops import LigerRopeFunction
 
-    def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Results:
         # It rotates q and k in place, unknown to autograd: a caller that needs them again copies
         # them. Its backward does so to the gradients, which are not needed again here.
         q, k = (_by_heads(t.clone()) for t in (q, k))
@@ -171,20 +171,16 @@ def _liger_rope(_: Path | None) -> Operator:
 
 
 def _liger_qk_norm(_: Path | None) -> Operator:
-    from liger_kernel.ops import LigerRMSNormFunction
+    from liger_kernel.ops import LigerRMSNormFunction as Norm
 
-    def qk_norm(q: Tensor, k: Tensor, eps: float = HEAD_EPS) -> tuple[Tensor, ...]:
-        # Its default: dx overwrites dy.
-        return tuple(LigerRMSNormFunction.apply(t, None, eps) for t in (q, k))
-
-    return qk_norm
+    # Its default: dx overwrites dy.
+    return lambda q, k, eps=HEAD_EPS: tuple(Norm.apply(t, None, eps) for t in (q, k))
 
 
 def _liger_swiglu(_: Path | None) -> Operator:
     from liger_kernel.ops import LigerFusedGateUpSiLUMulFunction
 
-    def swiglu(x: Tensor) -> tuple[Tensor, ...]:
-        # Flat, because the gradient is (rows, 2 F) for x of any shape.
+    def swiglu(x: Tensor) -> Results:  # flat: the gradient is (rows, 2 F) for x of any shape
         y = LigerFusedGateUpSiLUMulFunction.apply(x.flatten(0, 1))
         return (y.unflatten(0, x.shape[:2]),)
 
@@ -194,19 +190,13 @@ def _liger_swiglu(_: Path | None) -> Operator:
 def _quack_rope(_: Path | None) -> Operator:
     from quack.rotary import apply_rotary_emb
 
-    def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-        return tuple(apply_rotary_emb(t, cos, sin) for t in (q, k))
-
-    return rope
+    return lambda q, k, cos, sin: tuple(apply_rotary_emb(t, cos, sin) for t in (q, k))
 
 
 def _quack_qk_norm(_: Path | None) -> Operator:
     from quack import rmsnorm
 
-    def qk_norm(q: Tensor, k: Tensor, eps: float = HEAD_EPS) -> tuple[Tensor, ...]:
-        return tuple(rmsnorm(t, eps=eps) for t in (q, k))
-
-    return qk_norm
+    return lambda q, k, eps=HEAD_EPS: tuple(rmsnorm(t, eps=eps) for t in (q, k))
 
 
 def _rope_then_norm(load_rope: Loader, load_qk_norm: Loader) -> Loader:
@@ -222,9 +212,9 @@ def _rope_then_norm(load_rope: Loader, load_qk_norm: Loader) -> Loader:
 def _published_rope(folder: Path | None) -> Operator:
     fast_rope_embedding = _published_module(folder, "rope").fast_rope_embedding
 
-    def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-        q, k = fast_rope_embedding(_by_heads(q), _by_heads(k), cos, _negated(sin))
-        return _by_heads(q), _by_heads(k)
+    def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Results:
+        rotated = fast_rope_embedding(_by_heads(q), _by_heads(k), cos, _negated(sin))
+        return tuple(map(_by_heads, rotated))
 
     return rope
 
@@ -237,13 +227,10 @@ def _published_qk_norm(folder: Path | None) -> Operator:
 def _published_rope_qk_norm(folder: Path | None) -> Operator:
     rope, qk_norm = _published_rope(folder), _published_qk_norm(folder)
 
-    def rope_qk_norm(
-        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **kwargs: Any
-    ) -> tuple[Tensor, ...]:
+    def rope_qk_norm(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **kwargs: Any) -> Results:
         # The norm's kernels need the layout of RoPE's results, contiguous (B, H, T, Dh). Its
         # backward copies a gradient that is not.
-        q, k = qk_norm(*map(_by_heads, rope(q, k, cos, sin)), **kwargs)
-        return _by_heads(q), _by_heads(k)
+        return tuple(map(_by_heads, qk_norm(*map(_by_heads, rope(q, k, cos, sin)), **kwargs)))
 
     return rope_qk_norm
 
@@ -257,17 +244,12 @@ def _published_mvsplit_rmsnorm(folder: Path | None) -> Operator:
     fused = _published_module(folder, "fused_mvsplit_rmsnorm").fused_mvsplit_rmsnorm
 
     def mvsplit_rmsnorm(
-        x: Tensor,
-        f: Tensor,
-        alpha: Tensor,
-        beta: Tensor,
-        segments: Sequence[int] | None = None,
-        eps: float = MERGE_EPS,
-    ) -> tuple[Tensor, ...]:
-        segments = segments or [x.shape[1]]
+        *tensors: Tensor, segments: Sequence[int] | None = None, eps: float = MERGE_EPS
+    ) -> Results:
+        segments = segments or [tensors[0].shape[1]]
         if len(segments) > 2:
             raise ValueError(f"published: {TWO_SEGMENTS.format(len(segments))}")
-        return (fused(x, f, alpha, beta, eps, segments[0]),)
+        return (fused(*tensors, eps, segments[0]),)
 
     return mvsplit_rmsnorm
 

@@ -12,17 +12,19 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from rich.table import Table
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
-from bench.cases import CASES, PAPER_MS, is_cuda
+from bench.cases import CASES, PAPER_NOTE, is_cuda
 from bench.common import text_tables
 from bench.common.machine import describe_run
 from bench.common.options import ReportProgress, no_progress
 from bench.common.records import Run
+from bench.common.text_tables import Row, format_ratio
 from bench.common.timing import Timer, make_profiler, no_collection, time_interleaved
 from bench.measure import op_ranges
 from bench.measure.op_ranges import CPU_STEPS, FUSED_FROM, Clock, Direction, Range, Span, Tracing
@@ -96,7 +98,13 @@ def measure(
     run, config = describe_run(), preset(name, **overrides)
     workload = Workload(config)
     progress("timing whole steps", steps)
-    seconds = _time_whole_steps(workload, implementations, repeats)
+
+    def run_step(implementation: str) -> None:
+        with workload.running(implementation):
+            workload.step()
+
+    calls = {name: (partial(run_step, name), lambda _: None) for name in implementations}
+    seconds = time_interleaved(calls, repeats, Timer(workload.device))
     rows: list[InLoopTiming] = []
     ranges_ms = {}
     for implementation in implementations:
@@ -107,22 +115,7 @@ def measure(
         rows += timings
     run |= describe_training(name, config, workload.device, implementations, repeats)
     run["blocks"] = config.depth
-    return InLoop(run, rows, {name: 1e3 * s for name, s in seconds.items()}, ranges_ms)
-
-
-def _time_whole_steps(
-    workload: Workload, implementations: Sequence[str], repeats: int
-) -> dict[str, float]:
-    def make_step(implementation: str) -> Any:
-        def step() -> None:
-            with workload.running(implementation):
-                workload.step()
-
-        return step, lambda _: None
-
-    calls = {name: make_step(name) for name in implementations}
-    seconds = time_interleaved(calls, repeats, Timer(workload.device))
-    return {name: forward for name, (forward, _) in seconds.items()}
+    return InLoop(run, rows, {name: 1e3 * s for name, (s, _) in seconds.items()}, ranges_ms)
 
 
 def _measure_ranges(
@@ -209,42 +202,42 @@ def _make_rows(
     ]
 
 
-def build_table(result: InLoop) -> Table:
-    """Return a table of a row per operator and implementation, with the paper's totals."""
-    columns = (
-        *("operator", "implementation", "fwd/bwd calls", "fwd ms", "bwd ms", "ms/step", "share"),
-        "vs eager",
-    )
+IN_LOOP_COLUMNS = (
+    *("operator", "implementation", "calls fwd/bwd", "forward ms/step", "backward ms/step"),
+    *("both ms/step", "of a step", "vs eager"),
+)
+
+
+def format_rows(result: InLoop) -> list[Row]:
+    """Return the IN_LOOP_COLUMNS of each operator and implementation, then of their sums."""
+    rows, sums = [], []
     eager = result.total_ms(EAGER) if EAGER in result.step_ms else None
-    cells = []
-
-    def add(title: str, name: str, ms: float, details: Sequence[str], ratio: str = "") -> None:
-        share = f"{100 * result.share(ms, name):.1f}%"
-        cells.append((title, name, *details, f"{ms:.2f}", share, ratio))
-
-    for name, step in result.step_ms.items():
+    for name in result.step_ms:
+        total = result.total_ms(name)
+        share, ratio = f"{100 * result.share(total, name):.1f}%", format_ratio(eager, total)
+        sums.append(("all operators", name, "", "", "", f"{total:.2f}", share, ratio))
         for row in (r for r in result.rows if r.implementation == name):
             calls = f"{row.forward_calls} / {row.backward_calls}"
-            parts = f"{row.forward_ms:.2f}", f"{row.backward_ms:.2f}"
-            add(row.title, name, row.ms, (calls, *parts))
-        total = result.total_ms(name)
-        ratio = f"{eager / total:.2f}x" if eager else ""
-        add(f"sum, of a step of {step:.0f} ms", name, total, ("", "", ""), ratio)
-    for name, implementation in (("eager", "eager"), ("fused", "its kernels")):
-        ms = PAPER_MS[name]
-        source = "the paper, 400 blocks, 8 H100, not this machine"
-        ratio = f"{PAPER_MS['eager'] / ms:.2f}x"
-        cells.append((source, implementation, "", "", "", f"{ms}", "", ratio))
-    title = "Operators within whole training steps"
-    return text_tables.build_table(title, columns, cells, notes(result))
+            parts = (f"{ms:.2f}" for ms in (row.forward_ms, row.backward_ms, row.ms))
+            share = f"{100 * result.share(row.ms, name):.1f}%"
+            rows.append((row.title, name, calls, *parts, share, ""))
+    return [*rows, *sums]
 
 
-def notes(result: InLoop) -> tuple[str, ...]:
+def format_notes(result: InLoop) -> tuple[str, ...]:
     run, c = result.run, result.run["config"]
     recomputed = sum(recomputed_blocks(c["checkpointing"], c["depth"]))
     times = "kernels on the GPU" if run.get("capability") else "operations on the CPU"
+    steps = ", ".join(f"{name} {ms:.1f} ms" for name, ms in result.step_ms.items())
     return (
         training_headline(run, f"{recomputed} of them recomputed", f"batch {c['batch']}"),
-        f"ms: self time of {times} in a step with ranges, per optimizer step. The step's wall-"
-        f"clock is the median of {run['repeats']} steps without ranges, taken in turn.",
+        f"Self time of {times} in a step with ranges. A whole step without ranges, the median of "
+        f"{run['repeats']} taken in turn: {steps}.",
+        PAPER_NOTE,
     )
+
+
+def build_table(result: InLoop) -> Table:
+    rows, notes = format_rows(result), format_notes(result)
+    title = "Operators within whole training steps"
+    return text_tables.build_table(title, IN_LOOP_COLUMNS, rows, notes)

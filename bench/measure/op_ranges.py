@@ -8,14 +8,14 @@ outside that range.
 
 import argparse
 import contextlib
-import functools
 import importlib.util
 import statistics
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
@@ -58,7 +58,9 @@ class Range:
         return cls(name, direction, int(block) if block else None)
 
 
-Span = Callable[[Range], AbstractContextManager[Any]]
+Context = AbstractContextManager[Any]
+Span = Callable[[Range], Context]
+AnyFunction = Callable[..., Any]
 Direction = tuple[str, str]  # of an operator: (name, fwd or bwd)
 
 
@@ -71,12 +73,12 @@ def innermost_range(event: FunctionEvent | None) -> Range | None:
     return None
 
 
-def record_function(range_: Range) -> AbstractContextManager[Any]:
+def record_function(range_: Range) -> Context:
     """Return a span for PyTorch's profiler."""
     return torch.profiler.record_function(str(range_))
 
 
-def annotate_nvtx(range_: Range) -> AbstractContextManager[Any]:
+def annotate_nvtx(range_: Range) -> Context:
     """Return a span for Nsight Systems and Nsight Compute (the nvtx package; needs no GPU)."""
     import nvtx
 
@@ -191,8 +193,7 @@ class _Labels:
         self.span, self.calls = span, Counter[Direction]()
         self.block: int | None = None  # the one that is running
 
-    def label_block(self, i: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(forward)
+    def label_block(self, i: int, forward: AnyFunction) -> AnyFunction:
         def run(*args: Any) -> Any:
             outer, self.block = self.block, i
             try:
@@ -203,26 +204,13 @@ class _Labels:
 
         return run
 
-    def label_operator(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def run(op: Op, *inputs: Any, **options: Any) -> Any:
-            return self._call(op.name, functools.partial(call, op), inputs, options)
+    def label_operator(self, call: AnyFunction) -> AnyFunction:
+        return lambda op, *args, **kwargs: self._call(op.name, partial(call, op), args, kwargs)
 
-        return run
+    def label_part(self, name: str, function: AnyFunction) -> AnyFunction:
+        return lambda *args, **kwargs: self._call(name, function, args, kwargs)
 
-    def label_part(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def run(*inputs: Any, **options: Any) -> Any:
-            return self._call(name, function, inputs, options)
-
-        return run
-
-    def _call(
-        self,
-        name: str,
-        function: Callable[..., Any],
-        inputs: Iterable[Any],
-        options: dict[str, Any],
-    ) -> Any:
+    def _call(self, name: str, function: AnyFunction, inputs: Sequence, options: dict) -> Any:
         block = self.block
         self.calls[name, "fwd"] += 1
         with self.span(Range(name, "fwd", block)):
@@ -233,7 +221,12 @@ class _Labels:
 
     def _label_backward(self, range_: Range, outputs: Any, inputs: Iterable[Any]) -> None:
         results = outputs if isinstance(outputs, tuple) else (outputs,)
-        count = self._make_backward_counter(range_.name)
+        uncounted = [range_.name]
+
+        def count(_: Any) -> None:  # when the first node of this call's backward runs
+            if uncounted:
+                self.calls[uncounted.pop(), "bwd"] += 1
+
         for node in _nodes_between(results, inputs):
             node.register_prehook(count)
             metadata = cast("dict[str, Any]", node.metadata)
@@ -241,18 +234,8 @@ class _Labels:
                 metadata[_LABELLED] = True
                 self._label_node(node, range_)
 
-    def _make_backward_counter(self, name: str) -> Callable[[Any], None]:
-        """Return a hook that counts the backward of one call when its first node runs."""
-        uncounted = [name]
-
-        def count(_: Any) -> None:
-            if uncounted:
-                self.calls[uncounted.pop(), "bwd"] += 1
-
-        return count
-
     def _label_node(self, node: Node, range_: Range) -> None:
-        running: list[AbstractContextManager[Any]] = []
+        running: list[Context] = []
 
         def before(_: Any) -> None:
             running.append(self.span(range_))

@@ -22,17 +22,11 @@ from torch.autograd import DeviceType
 from bench.cases import Case, Function, Inputs, Shape, is_cuda
 from bench.common import options as opt
 from bench.common import records, text_tables
-from bench.common.accuracy import (
-    Backward,
-    Forward,
-    Inaccurate,
-    Judge,
-    forward_backward,
-    make_cotangents,
-)
+from bench.common.accuracy import Inaccurate, Judge, forward_backward, make_cotangents
 from bench.common.machine import describe_machine, describe_run, measure_copy
 from bench.common.options import ReportProgress, no_progress
 from bench.common.records import Run
+from bench.common.text_tables import NOTHING, Row, format_ratio, format_scaled
 from bench.common.timing import Replay, Timer, make_input_sets, make_profiler, time_turns
 from bench.measure import implementations
 from model.train.heap import keep_freed_memory
@@ -223,7 +217,7 @@ def _time_host(case: Case, shape: Shape, function: Function) -> float:
     return statistics.median(seconds)
 
 
-def _count_launches(forward: Forward, backward: Backward) -> tuple[int, int]:
+def _count_launches(forward: Callable, backward: Callable) -> tuple[int, int]:
     """Return the kernels, copies and fills that a call launches, forward and backward."""
 
     def count(call: Callable[..., Any], *args: Any) -> tuple[int, Any]:
@@ -237,32 +231,36 @@ def _count_launches(forward: Forward, backward: Backward) -> tuple[int, int]:
     return launches, count(backward, outputs)[0]
 
 
+POINT_COLUMNS = (
+    *("implementation", "forward us", "backward us", "both us", "host us", "launches fwd/bwd"),
+    *("GB/s", "% of copy", "vs eager"),
+)
+
+
+def format_rows(point: Point) -> Iterator[Row]:
+    """Yield the POINT_COLUMNS of each implementation at one shape, the failed ones last."""
+    eager = point.columns["eager"].seconds[2] if "eager" in point.columns else None
+    for name, column in point.columns.items():
+        rate = point.bytes_per_second(name)
+        yield (
+            *(name, *(format_scaled(s, 1e-6) for s in (*column.seconds, column.host_seconds))),
+            " / ".join(map(str, column.launches)) if column.launches else NOTHING,
+            f"{rate / 1e9:.1f}",
+            f"{100 * rate / point.copy_bytes_per_second:.0f}%",
+            format_ratio(eager, column.seconds[2]),
+        )
+    for name in point.failed:
+        yield (name, "failed", *[NOTHING] * 7)
+
+
 def build_table(points: Sequence[Point]) -> Table:
-    """Return a table of a row per operator, shape and implementation."""
-    columns = (
-        *("operator", "B x T, D, dtype", "implementation", "fwd us", "bwd us", "both us", "GB/s"),
-        *("% of copy", "vs eager", "host us", "launches"),
-    )
-    cells: list[Sequence[str]] = []
+    rows = []
     for point in points:
         s = point.run["shape"]
         where = f"{s['B']} x {'+'.join(map(str, s['segments']))}, {s['D']}, {s['dtype']}"
-        eager = point.columns.get("eager")
-        for name, c in point.columns.items():
-            rate = point.bytes_per_second(name)
-            cells.append(
-                (
-                    *(point.title, where, name),
-                    *(f"{1e6 * seconds:,.1f}" for seconds in c.seconds),
-                    f"{rate / 1e9:,.1f}",
-                    f"{100 * rate / point.copy_bytes_per_second:.0f}%",
-                    f"{eager.seconds[2] / c.seconds[2]:.2f}x" if eager else "",
-                    f"{1e6 * c.host_seconds:.0f}",
-                    "-" if c.launches is None else " / ".join(map(str, c.launches)),
-                )
-            )
-        cells += [(point.title, where, n, "failed", *[""] * 7) for n in point.failed]
-    return text_tables.build_table("Operators", columns, cells, notes(points))
+        rows += [(point.title, where, *row) for row in format_rows(point)]
+    columns = "operator", "B x T, D, dtype", *POINT_COLUMNS
+    return text_tables.build_table("Operators", columns, rows, notes(points))
 
 
 def notes(points: Sequence[Point]) -> tuple[str, ...]:

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
@@ -23,7 +22,8 @@ from bench.common import records, text_tables
 from bench.common.machine import describe_run, measure_matmul
 from bench.common.options import ReportProgress, no_progress
 from bench.common.records import Run
-from bench.common.timing import CallPair, Timer, make_profiler, no_collection, time_interleaved
+from bench.common.text_tables import NOTHING, Row, format_ratio, format_scaled
+from bench.common.timing import Timer, make_profiler, no_collection, time_interleaved
 from bench.measure import op_ranges, workload
 from bench.measure.op_ranges import CPU_STEPS, NO_TRACING, Range, Tracing
 from bench.measure.workload import COMPILE, COMPILED, EAGER, Workload, compiles
@@ -113,7 +113,7 @@ def measure(
         raise RuntimeError(f"no step fits in memory: {'; '.join(failed.values())}; try --batch 1")
     progress("timing", steps)
     device = workloads[fitting[0][0]].device
-    calls = {variant: _make_calls(workloads[variant[0]], *variant[1:]) for variant in fitting}
+    calls = {variant: workloads[variant[0]].make_calls(*variant[1:]) for variant in fitting}
     seconds = time_interleaved(calls, repeats, Timer(device))
     rows = []
     for variant in fitting:
@@ -139,14 +139,6 @@ def _try_step(load: Workload, implementation: str, checkpointing: str) -> str | 
         torch.cuda.empty_cache()
         return str(error).splitlines()[0]
     return None
-
-
-def _make_calls(load: Workload, implementation: str, checkpointing: str) -> CallPair:
-    def forward() -> None:
-        with load.running(implementation, checkpointing):
-            load.gradients()
-
-    return forward, lambda _: load.update()
 
 
 def _make_row(
@@ -252,57 +244,56 @@ def _part_of(event: FunctionEvent) -> str:
     return "operators" if range_ and range_.name in _backends.OPS else "other pointwise"
 
 
-def build_table(steps: Steps) -> Table:
-    """Return a table of a row per variant: seconds, compared with the first, and rates."""
-    columns = (
-        *("residual", "implementation", "checkpointing", "loader ms", "gradients", "update"),
-        *("step ms", "to the first", "tokens/s", "TFLOP/s", "% matmul", "peak GB"),
-    )
-    peak_rate = steps.run["matmul_flops_per_second"]
-    cells = []
+STEP_COLUMNS = (
+    *("residual", "implementation", "checkpointing", "loader ms", "gradients ms", "update ms"),
+    *("step ms", "tokens/s", "TFLOP/s", "% of matmul", "peak GB", "vs first"),
+)
+
+
+def format_rows(steps: Steps) -> list[Row]:
+    """Return the STEP_COLUMNS of each variant."""
+    rows: list[Row] = []
+    peak_rate = steps.run.get("matmul_flops_per_second")
     for row in steps.rows:
         rate = row.flops / row.step
-        cells.append(
+        rows.append(
             (
                 *(row.residual, row.implementation, row.checkpointing),
-                *(f"{1e3 * s:.1f}" for s in (row.loader, row.gradients, row.update, row.step)),
-                f"{row.step / steps.rows[0].step:.3f}x",
-                f"{row.tokens_per_second:,.0f}",
-                f"{rate / 1e12:.3g}",
-                f"{100 * rate / peak_rate:.1f}",
-                "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.3g}",
+                *(format_scaled(s, 1e-3) for s in (row.loader, row.gradients, row.update)),
+                *(format_scaled(row.step, 1e-3), format_scaled(row.tokens_per_second, 1, 0)),
+                format_scaled(rate, 1e12, 3),
+                f"{100 * rate / peak_rate:.0f}%" if peak_rate else NOTHING,
+                format_scaled(row.peak_bytes, 1e9, 2),
+                format_ratio(steps.rows[0].step, row.step),
             )
         )
-    return text_tables.build_table("One optimizer step", columns, cells, notes(steps))
+    return rows
 
 
-def build_breakdown(steps: Steps) -> Table:
-    """Return a table of a row per variant: the percentage of each part of its step."""
-    columns = "residual", "implementation", "checkpointing", *STEP_PARTS
-    cells = [
+def format_breakdown(steps: Steps) -> tuple[Row, list[Row]]:
+    """Return columns and rows: the milliseconds of each part of a step, a row per variant."""
+    parts = list(dict.fromkeys(part for row in steps.rows for part in row.breakdown))
+    rows: list[Row] = [
         (
             *(row.residual, row.implementation, row.checkpointing),
-            *(f"{100 * s / sum(row.breakdown.values()):.1f}%" for s in row.breakdown.values()),
+            *(format_scaled(row.breakdown.get(part), 1e-3) for part in parts),
         )
         for row in steps.rows
     ]
-    gpu = steps.run.get("capability")
-    caption = (
-        f"Self time of {'kernels' if gpu else 'operations, which the profiler makes longer,'} in a "
-        "profiled step; gaps: the time of the step above beyond them. Eager operators that are "
-        "compiled count as other pointwise work.",
-    )
-    return text_tables.build_table("Breakdown of a step", columns, cells, caption)
+    return (*STEP_COLUMNS[:3], *(f"{part} ms" for part in parts)), rows
 
 
-def notes(steps: Steps) -> tuple[str, ...]:
+def format_notes(steps: Steps) -> tuple[str, ...]:
     run, c = steps.run, steps.run["config"]
     data = "random latents" if c["data"] == "latents" and not c["data_path"] else c["data"]
     return (
         workload.training_headline(run, f"batch {c['batch']} of {data}"),
-        f"Medians of {run['repeats']} steps taken in turn, without the loader's time. FLOPs: the "
-        "model's matrix products and attention, recomputation not counted; % matmul: of the "
-        f"{run['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s of a matrix product in this run.",
+        f"Medians of {run['repeats']} steps taken in turn, without the loader's time. TFLOP/s of "
+        "the model's matrix products and attention, recomputation not counted; % of matmul: "
+        "compared with a matrix product measured in the same run.",
+        f"The parts are the self time of {'kernels' if 'capability' in run else 'operations'} in a "
+        "profiled step; launch gaps: the time of a step without the profiler beyond the other "
+        "parts. Compiled eager operators count as other pointwise work.",
         *(f"{variant}: {reason}" for variant, reason in steps.failed.items()),
     )
 
@@ -356,8 +347,9 @@ def run_command(args: argparse.Namespace) -> None:
     if args.json:
         records.append(result.to_json(), args.json)
     console = opt.make_console()
-    console.print(build_table(result))
-    console.print(build_breakdown(result))
+    rows, notes = format_rows(result), format_notes(result)
+    console.print(text_tables.build_table("One optimizer step", STEP_COLUMNS, rows))
+    console.print(text_tables.build_table("Breakdown", *format_breakdown(result), notes))
 
 
 def _make_variants(

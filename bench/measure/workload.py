@@ -12,6 +12,7 @@ import mvsplit_ops as mv
 from bench.cases import is_cuda
 from bench.common.machine import describe_machine
 from bench.common.records import Run
+from bench.common.timing import CallPair
 from model.config import CONTENDERS, PRESETS, RESIDUALS, Config, parse_overrides, preset
 from model.data import open_dataset
 from model.nn.dit import build
@@ -125,6 +126,15 @@ class Workload:
                 yield
         finally:
             model.blocks, model.config = blocks, config
+
+    def make_calls(self, implementation: str, checkpointing: str | None = None) -> CallPair:
+        """Return (forward and backward, update) for timing."""
+
+        def forward() -> None:
+            with self.running(implementation, checkpointing):
+                self.gradients()
+
+        return forward, lambda _: self.update()
 
     def _compiled_blocks(self) -> torch.nn.ModuleList:
         if self._compiled is None:

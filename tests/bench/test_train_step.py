@@ -136,12 +136,13 @@ def test_the_table_compares_with_the_first_and_with_the_matrix_products():
     run |= {"commit": "c", "config": config, "matmul_flops_per_second": 2e12}
     rows = [a_row("eager", 1.0), a_row("cpu", 0.0)]
     steps = train_step.Steps(run, rows, {"mvsplit, cpu, none": "out of memory"})
-    columns = {c.header: list(c.cells) for c in train_step.build_table(steps).columns}
-    assert "mvsplit, cpu, none: out of memory" in train_step.build_table(steps).caption
-    assert columns["to the first"] == ["1.000x", "0.500x"]
-    assert columns["TFLOP/s"] == ["0.5", "1"] and columns["% matmul"] == ["25.0", "50.0"]
-    shares = {c.header: list(c.cells) for c in train_step.build_breakdown(steps).columns}
-    assert shares["attention"] == ["14.3%", "14.3%"]
+    assert "mvsplit, cpu, none: out of memory" in train_step.format_notes(steps)
+    cells = zip(train_step.STEP_COLUMNS, *train_step.format_rows(steps), strict=True)
+    columns = {name: values for name, *values in cells}
+    assert columns["vs first"] == ["1.00x", "2.00x"]
+    assert columns["TFLOP/s"] == ["0.500", "1.000"] and columns["% of matmul"] == ["25%", "50%"]
+    names, rows = train_step.format_breakdown(steps)
+    assert names[4] == "attention ms" and [row[4] for row in rows] == ["500.0", "500.0"]
 
 
 def test_the_default_is_every_implementation_then_every_policy():
@@ -169,7 +170,7 @@ def test_the_command_prints_and_records(tmp_path, capsys):
     args += ["--implementation", "reference", "cpu", "--checkpointing", "full"]
     assert main([*args, "--json", str(path), "--trace", str(trace)]) == 0
     shown = capsys.readouterr().out
-    assert "One optimizer step" in shown and "Breakdown of a step" in shown
+    assert "One optimizer step" in shown and "Breakdown" in shown
     record = json.loads(path.read_text())
     assert record["kind"] == "step" and json.loads(trace.read_text())["traceEvents"]
     variants = [(r["implementation"], r["checkpointing"]) for r in record["rows"]]
@@ -179,7 +180,7 @@ def test_the_command_prints_and_records(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--set", "dept=2"], "no field 'dept'; did you mean depth"),
+        (["--set", "dept=2"], "unknown field 'dept', did you mean depth"),
         (["--json", "nowhere/x.jsonl"], "no folder"),
         (["--backend", "cuda"], "backend 'cuda' cannot run here"),
         (["--implementation", "triton"], "nothing to time"),
