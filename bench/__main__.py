@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
-from bench.common import machine
+from bench.common import machine, options
 from bench.common.accuracy import Inaccurate
 from bench.measure import profile, run_all, sweep, train_step
 from bench.report import write
@@ -70,6 +70,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     try:
+        options.check_writable(getattr(args, "json", None))
         return args.run(args) or 0
     except (ValueError, RuntimeError, Inaccurate) as error:
         print(f"python -m bench {args.command}: {error}", file=sys.stderr)

@@ -161,7 +161,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_command(args: argparse.Namespace) -> None:
-    opt.check_writable(args.json)
     device = opt.select_device(args)
     with opt.show_progress("machine") as progress:
         record = measure(device, DTYPES[args.dtype], progress)

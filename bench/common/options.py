@@ -27,7 +27,7 @@ def token_counts(text: str) -> tuple[int, ...]:
 
 def add_shape(parser: argparse.ArgumentParser) -> None:
     defaults = Shape()
-    parser.add_argument("--batch", type=positive, default=defaults.B, help="samples per call")
+    add_count(parser, "--batch", "samples per call", defaults.B)
     parser.add_argument(
         "--tokens",
         type=token_counts,
@@ -38,9 +38,15 @@ def add_shape(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="dtype of the activations")
 
 
+def add_count(
+    parser: argparse.ArgumentParser, name: str, help: str, default: int | None = None
+) -> None:
+    parser.add_argument(name, type=positive, default=default, help=help)
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if available)")
-    parser.add_argument("--threads", type=positive, help="CPU threads (default: PyTorch's)")
+    add_count(parser, "--threads", "CPU threads (default: PyTorch's)")
 
 
 def add_ops(parser: argparse.ArgumentParser, cases: Sequence[Case] = CASES) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-RESULTS = Path(__file__).parent.parent / "results"
+ROOT = Path(__file__).parent.parent.parent  # of the checkout
+RESULTS = ROOT / "bench" / "results"
 
 
 class Run(TypedDict, total=False):

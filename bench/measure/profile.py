@@ -227,19 +227,13 @@ CALL_OPTIONS, STEP_OPTIONS = ("batch", "tokens", "dtype"), ("preset", "set", "tr
 def add_options(parser: argparse.ArgumentParser) -> None:
     opt.add_shape(parser)
     opt.add_device(parser)
-    parser.add_argument(
-        "--blocks", type=opt.positive, help="blocks, 3/4 of them recomputed (default: 400)"
-    )
+    opt.add_count(parser, "--blocks", "blocks, 3/4 of them recomputed (default: 400)")
     parser.add_argument(
         "--backend",
         choices=_backends.BACKENDS,
         help="backend of the fused column (default: the device's)",
     )
-    parser.add_argument(
-        "--repeats",
-        type=opt.positive,
-        help="timed calls of each implementation (default: 30), or steps (5)",
-    )
+    opt.add_count(parser, "--repeats", "timed calls per implementation (default: 30), or steps (5)")
     opt.add_json(parser)
     loop = parser.add_argument_group(
         "in the loop",
@@ -253,7 +247,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_command(args: argparse.Namespace) -> None:
-    opt.check_writable(args.json)
     tracing = op_ranges.Tracing.from_args(args)
     _check_options(args)
     device = opt.select_device(args)

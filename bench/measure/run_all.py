@@ -25,12 +25,12 @@ from bench.common import options as opt
 from bench.common import records, text_tables
 from bench.common.machine import describe_machine, describe_run
 from bench.common.options import ReportProgress, no_progress
+from bench.common.records import ROOT
 from bench.measure import implementations
 from model.config import preset
 from model.train.memory import plan
 from mvsplit_ops import _backends
 
-ROOT = Path(__file__).parent.parent.parent
 MINUTES = {"cpu": 2.5, "cuda": 8.0}
 REPORT_SECONDS = 20  # reserved for the last step
 GRACE_SECONDS = 10  # from an interrupt to the end of a process

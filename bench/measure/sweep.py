@@ -311,14 +311,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"measure only these, of {', '.join(implementations.IMPLEMENTATIONS)}",
     )
     implementations.add_published(parser)
-    parser.add_argument(
-        "--repeats", type=opt.positive, default=20, help="timed calls of each implementation"
-    )
+    opt.add_count(parser, "--repeats", "timed calls of each implementation", 20)
     opt.add_json(parser)
 
 
 def run_command(args: argparse.Namespace) -> None:
-    opt.check_writable(args.json)
     published, device = implementations.chosen_checkout(args), opt.select_device(args)
     batches = args.batch or BATCHES[torch.device(device).type]
     sizes = itertools.product(args.dtype, args.dim, args.tokens, batches)

@@ -300,10 +300,8 @@ def format_notes(steps: Steps) -> tuple[str, ...]:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     workload.add_preset(parser, "preset")
-    parser.add_argument("--blocks", type=opt.positive, help="blocks (default: the preset's)")
-    parser.add_argument(
-        "--batch", type=opt.positive, help="samples of a step (default: the preset's)"
-    )
+    opt.add_count(parser, "--blocks", "blocks (default: the preset's)")
+    opt.add_count(parser, "--batch", "samples of a step (default: the preset's)")
     opt.add_device(parser)
     parser.add_argument(
         *("--implementation", "--backend"),
@@ -328,13 +326,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"policies for the last implementation: {', '.join(POLICIES)} or k/n (default: those "
         "four; the other implementations have the preset's)",
     )
-    parser.add_argument("--repeats", type=opt.positive, default=5, help="timed steps per variant")
+    opt.add_count(parser, "--repeats", "timed steps per variant", 5)
     op_ranges.add_tracing(parser)
     opt.add_json(parser)
 
 
 def run_command(args: argparse.Namespace) -> None:
-    opt.check_writable(args.json)
     tracing = Tracing.from_args(args)
     device = opt.select_device(args)
     name, overrides = workload.configuration(args, device)

@@ -171,7 +171,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run_command(args: argparse.Namespace) -> None:
     shape = opt.chosen_shape(args, "meta")
-    opt.check_writable(args.json)
     with opt.show_progress("resources") as progress:
         record = measure(shape, args.backend, args.arch, progress, opt.chosen_cases(args.op))
     opt.make_console().print(build_table(record))

@@ -175,7 +175,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run_command(args: argparse.Namespace) -> None:
     shape, published = opt.chosen_shape(args, "cpu"), implementations.chosen_checkout(args)
-    opt.check_writable(args.json)
     with opt.show_progress("traffic") as progress:
         record = measure(shape, progress, opt.chosen_cases(args.op), published)
     opt.make_console().print(traffic_record.build_table(record))

@@ -1,7 +1,6 @@
 """The description of a machine in a record, and its peak rates."""
 
 import json
-import pathlib
 import subprocess
 import sys
 import types
@@ -12,8 +11,7 @@ import torch
 from bench.__main__ import main
 from bench.cases import Shape
 from bench.common import machine, options
-
-ROOT = pathlib.Path(__file__).parent.parent.parent
+from bench.common.records import ROOT
 
 
 def test_a_run_has_date_commit_software_and_shape():

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 import subprocess
 import sys
 
@@ -14,12 +13,12 @@ from bench.cases import PROFILE, Shape
 from bench.common import records
 from bench.common.accuracy import Inaccurate
 from bench.common.machine import measure_copy
+from bench.common.records import ROOT
 from bench.common.timing import Timer, time_interleaved
 from bench.measure import profile
 from bench.measure.profile import OperatorTiming, Profile
 from bench.static import cuda_emulator
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
 TINY = Shape(B=2, segments=(9, 4), D=64, H=4, F=24)
 
 

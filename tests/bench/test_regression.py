@@ -2,11 +2,10 @@
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
+from bench.common.records import ROOT
 
 
 def pytest_bench(store, *options):

@@ -25,16 +25,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from bench.common.records import ROOT
 from bench.static.byte_counter import ByteCounter
 from mvsplit_ops import _backends
 from mvsplit_ops._cuda import device
 from mvsplit_ops._cuda.launch import LIMITS, Launch, Limits, Program, pack
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent.parent
 KERNELS = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "cuda_emulator"
-COMPILE = ("g++", "-std=c++17", "-O2", "-fPIC", "-shared", "-w", "-Wl,-Bsymbolic")
+COMPILER = ("g++", "-std=c++17", "-O2", "-fPIC", "-shared", "-w", "-Wl,-Bsymbolic")
 
 HOPPER, AMPERE = LIMITS["sm_90a"], LIMITS["sm_80"]
 
@@ -136,7 +136,7 @@ def _copy(target: int, source: int, t: Tensor) -> None:
 
 def _build(name: str, arguments: Sequence[str], inputs: Sequence[Path]) -> Path:
     """Return a shared library, compiled once for these inputs by any number of processes."""
-    key = hashlib.sha256(repr((COMPILE, arguments)).encode())
+    key = hashlib.sha256(repr((COMPILER, arguments)).encode())
     for path in inputs:
         key.update(path.read_bytes())
     library = BUILD / f"{name}-{key.hexdigest()[:16]}.so"
@@ -144,7 +144,7 @@ def _build(name: str, arguments: Sequence[str], inputs: Sequence[Path]) -> Path:
         BUILD.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=BUILD) as folder:
             output = Path(folder) / "library.so"
-            command = [*COMPILE, *arguments, "-o", str(output)]
+            command = [*COMPILER, *arguments, "-o", str(output)]
             process = subprocess.run(command, capture_output=True, text=True)
             if process.returncode:
                 raise Fault(f"{' '.join(command)}\n{process.stderr}")
