@@ -1,194 +1,196 @@
-"""What the records of a folder say: the newest of each, operators compared, and the fastest."""
+"""Records of a folder and their selection: the newest of each measurement, headlines, fastest."""
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Generic, TypeVar, cast
 
-from bench.cases import CASES, PROFILE, calls_per_step
-from bench.common import records, text_tables
+from bench.cases import CASES, calls_per_step
+from bench.common import records as record_files
+from bench.common import text_tables
+from bench.common.machine import MachineRecord
+from bench.common.records import Run
+from bench.measure.in_loop import InLoop
 from bench.measure.profile import OperatorTiming, Profile
+from bench.measure.sweep import Point
+from bench.measure.train_step import Steps
+from bench.static.kernel_resources import ResourceRecord
+from bench.static.roofline import STEP_OPERATORS
+from bench.static.traffic_record import PAPER_BLOCKS, TrafficRecord
 from mvsplit_ops import _backends
 
-OURS = ("cpu", "triton", "cuda")
-BLOCKS = 400  # calls of a step weigh forward against backward: the paper's depth
-CASE = {case.op: case for case in CASES}
-STEP = {case.op for case in PROFILE if case.part_of is None}
+CASES_BY_OP = {case.op: case for case in CASES}
+KERNEL_BACKENDS = tuple(b for b in _backends.BACKENDS if b != "reference")
 
-# What a record of a kind must have beside "run"; other kinds are named and not shown.
-NEEDED = {
-    "profile": ("rows", "copy_bytes_per_second"),
-    "ops": ("op", "title", "must_move", "copy_bytes_per_second", "columns", "missing"),
-    "in_loop": ("rows", "step_ms"),
-    "step": ("rows",),
-    "traffic": ("rows", "missing"),
-    "machine": ("copy_bytes_per_second", "matmul_flops_per_second", "matmul_dtype"),
-    "resources": ("rows", "missing"),
-}
-OF_OPERATORS = ("profile", "ops", "in_loop", "traffic")
+Data = TypeVar("Data")
 
 
 @dataclass(frozen=True)
-class SourcedRecord:
-    """A record and the name of its file."""
+class SourcedRecord(Generic[Data]):
+    """A record, and the name of its file."""
 
     file: str
-    record: dict
+    json: dict[str, Any]
+    data: Data  # the parsed record; None for an unknown kind
 
     @property
-    def kind(self):
-        return self.record["kind"]
+    def kind(self) -> str:
+        return self.json["kind"]
 
     @property
-    def run(self):
-        return self.record["run"]
+    def run(self) -> Run:
+        return self.json["run"]
 
     @property
-    def device(self):
-        """Its name; None where nothing was timed."""
+    def device(self) -> str | None:
+        """Name of the processor; None if nothing was timed."""
         return self.run.get("device")
 
-    @property
-    def gpu(self):
-        return "capability" in self.run
 
-    @property
-    def measured(self):
-        """What a newer record replaces this one in."""
-        return records.measurement_key(self.record)
+def _parse_machine(json: dict[str, Any]) -> MachineRecord:
+    for name in MachineRecord.__annotations__:
+        json[name]
+    return cast("MachineRecord", json)
 
 
-def read(folder):
-    """Every record of a folder's *.jsonl with its file, oldest first.
+# kind: (parser of a record, fields of "run" that its table and figures show)
+PARSERS: dict[str, tuple[Callable[[dict[str, Any]], Any], tuple[str, ...]]] = {
+    "profile": (Profile.from_json, ("device", "shape", "backend", "blocks")),
+    "ops": (Point.from_json, ("device", "shape", "repeats")),
+    "in_loop": (InLoop.from_json, ("device", "preset", "config")),
+    "step": (Steps.from_json, ("device", "preset", "config", "repeats")),
+    "traffic": (TrafficRecord.from_json, ("shape",)),
+    "machine": (_parse_machine, ("device",)),
+    "resources": (ResourceRecord.from_json, ("shape",)),
+}
 
-    ValueError: no such folder, no record in it, a line is no record, or a record lacks something.
+
+def read_records(folder: Path | str) -> list[SourcedRecord]:
+    """Return every record of a folder's *.jsonl, oldest first.
+
+    The oldest records of steps, whose rows do not name an implementation, are left out.
+    ValueError: the folder or a record does not exist, or a line cannot be read.
     """
-    if not records.read_folder(folder):
+    if not record_files.read_folder(folder):
         names = ", ".join(sorted(p.name for p in Path(folder).iterdir())) or "nothing"
         raise ValueError(
             f"no records in {folder}, which holds {names}; "
-            f"python -m bench profile --json {Path(folder) / 'profile.jsonl'} makes one"
+            f"run python -m bench profile --json {Path(folder) / 'profile.jsonl'} to make one"
         )
-    found = []
-    for path in sorted(Path(folder).glob("*.jsonl")):
-        found += [_checked(SourcedRecord(path.name, record)) for record in records.read(path)]
-    return sorted(found, key=lambda f: f.run["date"])
-
-
-def _checked(found):
-    lacks = [name for name in NEEDED.get(found.kind, ()) if name not in found.record]
-    if lacks:
-        raise ValueError(
-            f"{found.file}: the {found.kind} record of {found.run['date']} lacks "
-            f"{', '.join(lacks)}; delete its line"
-        )
-    named = [found.record] if found.kind == "ops" else found.record.get("rows", ())
-    for op in (of["op"] for of in named if found.kind in OF_OPERATORS):
-        if op not in CASE:
-            raise ValueError(
-                f"{found.file}: the {found.kind} record of {found.run['date']} is of {op!r}; "
-                f"bench/cases.py has {', '.join(CASE)}; delete its line"
-            )
-    return found
-
-
-def newest(found, kind):
-    """The newest of each thing that was measured; of steps, those whose rows name what ran."""
-    of_kind = [f for f in found if f.kind == kind and not _nameless(f)]
-    kept = sorted({f.measured: f for f in of_kind}.values(), key=lambda f: f.run["date"])
-    if kind == "ops":
-        kept.sort(key=lambda f: (list(CASE).index(f.record["op"]), tokens(f.run["shape"])))
-    return kept
-
-
-def _nameless(found):
-    """A step's record of the time when rows named a backend, and no implementation."""
-    rows = found.record["rows"] if found.kind == "step" else ()
-    return any("implementation" not in row for row in rows)
-
-
-def tokens(shape):
-    """Of a call: those of every sample."""
-    return shape["B"] * sum(shape["segments"])
-
-
-def origins(found):
-    """A line for each file and state of a machine: file, date, commit, device, software."""
-    dates = {}
-    for f in found:
-        dates.setdefault((f.file, _where(f.run)), []).append(f.run["date"])
-    return [
-        f"{file}, {min(of)}{f' to {max(of)}' if min(of) != max(of) else ''}, {where}"
-        for (file, where), of in dates.items()
+    records = [
+        parse_record(path.name, json)
+        for path in sorted(Path(folder).glob("*.jsonl"))
+        for json in record_files.read(path)
+        if json["kind"] != "step" or all("implementation" in row for row in json.get("rows", ()))
     ]
+    return sorted(records, key=_date)
 
 
-def _where(run):
+def parse_record(file: str, json: dict[str, Any]) -> SourcedRecord:
+    """Return a record of a file; ValueError if a field is missing or an operator is unknown."""
+    record = SourcedRecord(file, json, None)
+    place = f"{file}: the {record.kind} record of {record.run['date']}"
+    parse, run_fields = PARSERS.get(record.kind, (lambda _: None, ()))
+    try:
+        data = parse(json)
+        for name in run_fields:
+            json["run"][name]
+    except (KeyError, TypeError) as error:
+        reason = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be read ({error})"
+        raise ValueError(f"{place} {reason}; delete its line") from None
+    for op in (row["op"] for row in (json, *json.get("rows", ())) if "op" in row):
+        if op not in CASES_BY_OP:
+            known = ", ".join(CASES_BY_OP)
+            raise ValueError(
+                f"{place} has the operator {op!r}, but bench/cases.py only {known}; delete its line"
+            )
+    return replace(record, data=data)
+
+
+def newest(records: Iterable[SourcedRecord], kind: str) -> list[SourcedRecord]:
+    """Return the newest record of each measurement of a kind, oldest first."""
+    by_key = {record_files.measurement_key(r.json): r for r in records if r.kind == kind}
+    return sorted(by_key.values(), key=_date)
+
+
+def _date(record: SourcedRecord) -> str:
+    return record.run["date"]
+
+
+def newest_points(records: Iterable[SourcedRecord]) -> list[SourcedRecord[Point]]:
+    """Return the newest record of each operator and shape, by operator, then by size."""
+    ops = list(CASES_BY_OP)
+    points = newest(records, "ops")
+    return sorted(points, key=lambda r: (ops.index(r.data.op), count_tokens(r.run)))
+
+
+def count_tokens(run: Run) -> int:
+    """Return the tokens of all samples of a call."""
+    return run["shape"]["B"] * sum(run["shape"]["segments"])
+
+
+def group_sweeps(records: Iterable[SourcedRecord]) -> list[list[SourcedRecord[Point]]]:
+    """Return the newest points in a group for each device and width."""
+    groups: dict[tuple[str | None, str], list[SourcedRecord[Point]]] = {}
+    for record in newest_points(records):
+        key = record.device, text_tables.width_text(record.run["shape"])
+        groups.setdefault(key, []).append(record)
+    return list(groups.values())
+
+
+def list_sources(records: Iterable[SourcedRecord]) -> tuple[str, ...]:
+    """Return a line for each file and machine: file, dates, commit, device, software."""
+    dates: dict[tuple[str, str], list[str]] = {}
+    for record in records:
+        dates.setdefault((record.file, _origin_text(record.run)), []).append(record.run["date"])
+    return tuple(
+        f"{file}, {' to '.join(dict.fromkeys((min(days), max(days))))}, {origin}"
+        for (file, origin), days in dates.items()
+    )
+
+
+def _origin_text(run: Run) -> str:
     software = (f"{name} {run[name]}" for name in ("driver", "torch", "triton") if run.get(name))
     threads = f"threads {run['threads']}" if run.get("instruction_set") else None
     parts = f"commit {run['commit']}", run.get("device"), threads, *software
     return ", ".join(part for part in parts if part)
 
 
-def failures(found, missing=True):
-    """Lines: which implementations of ops records are wrong, or absent too, why, and where."""
-    where = {}
-    for f in found:
-        for name, why in f.record["missing"].items() if missing else ():
-            where.setdefault(f"{name}: {why}", []).append(f)
-        for name, why in failed(f).items():
-            where.setdefault(f"{name}: failed: {why}", []).append(f)
+def list_failures(records: Sequence[SourcedRecord[Point]], with_missing: bool = True) -> list[str]:
+    """Return lines: which implementations are wrong (or missing), the reason, and for which points.
+
+    A line that holds for all the points does not name them.
+    """
+    records_by_line: dict[str, list[SourcedRecord[Point]]] = {}
+    for record in records:
+        reasons = dict(record.data.missing) if with_missing else {}
+        reasons |= {name: f"failed: {reason}" for name, reason in record.data.failed.items()}
+        for name, reason in reasons.items():
+            records_by_line.setdefault(f"{name}: {reason}", []).append(record)
     return [
-        line if len(of) == len(found) else f"{line} ({', '.join(_places(of, found))})"
-        for line, of in where.items()
+        line if len(group) == len(records) else f"{line} ({_point_names(group, records)})"
+        for line, group in records_by_line.items()
     ]
 
 
-def _places(of, among):
-    """What tells some ops records from the others: operator, size, or both."""
-    ways = (
-        lambda f: f.record["title"],
-        lambda f: text_tables.size_text(f.run["shape"]),
-    )
-    telling = [way for way in ways if len(set(map(way, among))) > 1]
-    return dict.fromkeys(" at ".join(way(f) for way in telling) for f in of)
+def _point_names(
+    records: Sequence[SourcedRecord[Point]], every: Sequence[SourcedRecord[Point]]
+) -> str:
+    """Return operator, size or both of some points: what differs among all of them."""
+    several_ops = len({r.data.title for r in every}) > 1
+    several_sizes = len({text_tables.size_text(r.run["shape"]) for r in every}) > 1
+    names = [
+        " at ".join(
+            [r.data.title] * several_ops + [text_tables.size_text(r.run["shape"])] * several_sizes
+        )
+        for r in records
+    ]
+    return ", ".join(dict.fromkeys(names))
 
 
-def failed(found):
-    """{implementation: why} of an ops record: of its own, or in the place of its column."""
-    columns = found.record["columns"].items()
-    inside = {name: column["failed"] for name, column in columns if "failed" in column}
-    return {**inside, **found.record.get("failed", {})}
-
-
-def timed(found):
-    """{implementation: its column} of an ops record, without those that failed."""
-    return {n: column for n, column in found.record["columns"].items() if "failed" not in column}
-
-
-def by_widths(found):
-    """Ops records of one device and one width together: {(device, widths): records}."""
-    groups = {}
-    for f in newest(found, "ops"):
-        groups.setdefault((f.device, text_tables.width_text(f.run["shape"])), []).append(f)
-    return groups
-
-
-def profiles(found):
-    """(Profile, its records): each newest profile; every device's ops at the largest shape.
-
-    What a profile calls "fused" has its backend's name here.
-    """
-    made = [(_named(Profile.from_json(f.record)), [f]) for f in newest(found, "profile")]
-    for group in by_widths(found).values():
-        sizes = {}
-        for f in group:
-            sizes.setdefault(text_tables.size_text(f.run["shape"]), []).append(f)
-        largest = max(sizes.values(), key=lambda of: (len(of), tokens(of[0].run["shape"])))
-        copy = max(f.record["copy_bytes_per_second"] for f in largest)
-        made.append((Profile(largest[-1].run, copy, [_row(f) for f in largest]), largest))
-    return made
-
-
-def _named(profile):
+def named_profile(record: SourcedRecord[Profile]) -> Profile:
+    """Return a profile whose "fused" column has the name of its backend."""
+    profile = record.data
     names = {"fused": profile.run["backend"]}
     rows = [
         replace(row, seconds={names.get(n, n): pair for n, pair in row.seconds.items()})
@@ -197,84 +199,105 @@ def _named(profile):
     return replace(profile, rows=rows)
 
 
-def _row(found):
-    case, columns = CASE[found.record["op"]], timed(found)
-    seconds = {name: tuple(column["seconds"][:2]) for name, column in columns.items()}
-    calls = calls_per_step(case, BLOCKS)
+def largest_profile(
+    sweep: Sequence[SourcedRecord[Point]],
+) -> tuple[Profile, list[SourcedRecord[Point]]]:
+    """Return the profile of a sweep at one size, and its records.
+
+    The size is the one at which most operators were timed, the largest of several.
+    """
+    sizes: dict[str, list[SourcedRecord[Point]]] = {}
+    for record in sweep:
+        sizes.setdefault(text_tables.size_text(record.run["shape"]), []).append(record)
+    largest = max(sizes.values(), key=lambda group: (len(group), count_tokens(group[0].run)))
+    copy = max(record.data.copy_bytes_per_second for record in largest)
+    rows = [_operator_timing(record.data) for record in largest]
+    return Profile(largest[-1].run, copy, rows), largest
+
+
+def _operator_timing(point: Point) -> OperatorTiming:
+    case = CASES_BY_OP[point.op]
     return OperatorTiming(
-        case.op, case.title, case.part_of, *calls, seconds, tuple(found.record["must_move"])
+        *(case.op, case.title, case.part_of, *calls_per_step(case, PAPER_BLOCKS)),
+        seconds={name: column.seconds[:2] for name, column in point.columns.items()},
+        bytes=point.must_move,
     )
 
 
 @dataclass(frozen=True)
 class Headline:
-    """Over the operators of a step: times faster than eager, than torch.compile, share of copy."""
+    """Figures for the operators of one step on a device, and their records."""
 
     device: str
     backend: str
-    eager: float
-    compile: float | None
-    copy: float
-    found: list
+    eager: float  # speed-up over eager PyTorch
+    compile: float | None  # speed-up over torch.compile
+    copy: float  # share of the copy bandwidth
+    records: list[SourcedRecord]
 
 
-def headlines(found):
-    """One of each profile; of a device without one, of its ops records."""
-    profiled = {f.device for f in found if f.kind == "profile"}
-    made = []
-    for profile, of in profiles(found):
-        if of[0].kind == "profile" or of[0].device not in profiled:
-            made += _headline(profile, of)
-    return made
+def make_headlines(records: Sequence[SourcedRecord]) -> list[Headline]:
+    """Return a headline for each profile, and for each sweep of a device without a profile."""
+    profiles: list[tuple[Profile, list[Any]]]
+    profiles = [(named_profile(r), [r]) for r in newest(records, "profile")]
+    profiled = {profile.run["device"] for profile, _ in profiles}
+    sweeps = [sweep for sweep in group_sweeps(records) if sweep[0].device not in profiled]
+    profiles += map(largest_profile, sweeps)
+    headlines = (_make_headline(*profile) for profile in profiles)
+    return [headline for headline in headlines if headline]
 
 
-def _headline(profile, found):
-    rows = [row for row in profile.rows if row.op in STEP]
-    complete = {n for row in rows for n in row.seconds if all(n in r.seconds for r in rows)}
-    if len(rows) < len(STEP):
-        return []  # some operators are not a step
-    ms = {name: sum(row.ms_per_step(name) for row in rows) for name in complete}
-    ours = [name for name in OURS if name in ms]
-    if not ours or "eager" not in ms:
-        return []
-    best = min(ours, key=ms.get)
-    moved = sum(row.bytes_per_second(best) * row.ms_per_step(best) for row in rows) / ms[best]
-    return [
-        Headline(
-            device=profile.run["device"],
-            backend=best,
-            eager=ms["eager"] / ms[best],
-            compile=ms["compile"] / ms[best] if "compile" in ms else None,
-            copy=moved / profile.copy_bytes_per_second,
-            found=found,
-        )
-    ]
+def _make_headline(profile: Profile, records: list[SourcedRecord]) -> Headline | None:
+    """Return the headline of a profile; None if it lacks an operator, eager code or kernels."""
+    ops = {case.op for case in STEP_OPERATORS}
+    rows = [row for row in profile.rows if row.op in ops]
+    names = set.intersection(*(set(row.seconds) for row in rows)) if rows else set()
+    ms = {name: sum(row.ms_per_step(name) for row in rows) for name in names}
+    kernels = [name for name in KERNEL_BACKENDS if name in ms]
+    if len(rows) < len(ops) or not kernels or "eager" not in ms:
+        return None
+    best = min(kernels, key=lambda name: ms[name])
+    bytes_per_second = sum(row.bytes_per_step() for row in rows) / (ms[best] / 1e3)
+    return Headline(
+        device=profile.run["device"],
+        backend=best,
+        eager=ms["eager"] / ms[best],
+        compile=ms["compile"] / ms[best] if "compile" in ms else None,
+        copy=bytes_per_second / profile.copy_bytes_per_second,
+        records=records,
+    )
 
 
-def fastest(found):
-    """{(capability, op): (backend, file)} by the ops records of CUDA devices.
+Fastest = dict[tuple[tuple[int, int], str], tuple[str, str | None]]
 
-    Least time of a step's forward and backward calls, at the largest shape where triton and cuda
-    both were tried; one whose result was wrong there is out.
+
+def fastest(records: Iterable[SourcedRecord]) -> Fastest:
+    """Return {(capability, op): (backend, file)} according to the ops records of CUDA devices.
+
+    The backend with the least time for a step's forward and backward calls, at the largest shape
+    at which both triton and cuda were tried; one whose result was wrong there does not count.
     """
-    choice = {}
-    for f in newest(found, "ops"):  # the largest shape of an op comes last
-        row = _row(f)
-        right = [name for name in ("triton", "cuda") if name in row.seconds]
-        tried = {"triton", "cuda"} <= {*right, *failed(f)}
-        if f.gpu and row.op in _backends.OPS and tried and right:
-            key = tuple(f.run["capability"]), row.op
-            choice[key] = min(right, key=row.ms_per_step), f.file
-    return choice
+    choices: Fastest = {}
+    for record in newest_points(records):  # the largest shape of an operator comes last
+        point, timing = record.data, _operator_timing(record.data)
+        tried = {"triton", "cuda"} <= {*point.columns, *point.failed}
+        timed = [name for name in ("triton", "cuda") if name in point.columns]
+        if "capability" in record.run and point.op in _backends.OPS and tried and timed:
+            major, minor = record.run["capability"]
+            choices[(major, minor), point.op] = min(timed, key=timing.ms_per_step), record.file
+    return choices
 
 
-def disagreements(found, committed):
-    """Lines: where _backends.FASTEST is not what the records say; all of it for committed ones."""
-    says = dict.fromkeys(_backends.FASTEST, _backends.UNMEASURED) if committed else {}
-    says |= fastest(found)
+def disagreements(records: Iterable[SourcedRecord], committed: bool) -> list[str]:
+    """Return a line for each entry of _backends.FASTEST that differs from the records.
+
+    committed: these are all the committed records, so an entry without a record differs too.
+    """
+    expected: Fastest = dict.fromkeys(_backends.FASTEST, _backends.UNMEASURED) if committed else {}
+    expected |= fastest(records)
     return [
         f"mvsplit_ops/_backends.py: FASTEST[{key}] is {_backends.FASTEST.get(key)}; "
         f"the records say {value}"
-        for key, value in says.items()
+        for key, value in expected.items()
         if _backends.FASTEST.get(key) != value
     ]

@@ -1,315 +1,326 @@
-"""The tables of report.md and report.html: a section for each kind of record, as text."""
+"""Tables of the report as text: a function for each kind of record."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
 
 from bench.cases import PAPER_MS
 from bench.common import text_tables
-from bench.common.text_tables import NOTHING
+from bench.common.machine import MachineRecord
+from bench.common.records import Run
+from bench.common.text_tables import NOTHING, Row
 from bench.measure import profile as profiles
+from bench.measure.in_loop import InLoop
 from bench.measure.profile import Profile
-from bench.report import select
-from bench.static import kernel_resources, predict, roofline, traffic
-from bench.static.traffic import TrafficRecord
+from bench.measure.sweep import Point
+from bench.measure.train_step import Steps, StepTiming
+from bench.report.select import (
+    KERNEL_BACKENDS,
+    PARSERS,
+    SourcedRecord,
+    group_sweeps,
+    list_failures,
+    list_sources,
+    newest,
+)
+from bench.static import comparison, kernel_resources, predict, roofline, traffic_record
+from bench.static.kernel_resources import ResourceRecord
+from bench.static.predict import PAPER_TOKENS, Prediction
+from bench.static.traffic_record import TrafficRecord
 
 
 @dataclass(frozen=True)
 class Table:
-    """Strings: a row each; notes and sources are lines below it, total a last row apart."""
+    """Cells as strings, a last row with totals, and lines of notes and sources below the table."""
 
     title: str
-    columns: tuple
-    rows: list
-    notes: tuple = ()
-    sources: tuple = ()
-    total: tuple | None = None
+    columns: Row
+    rows: Sequence[Row]
+    notes: Sequence[str] = ()
+    sources: Sequence[str] = ()
+    total: Row | None = None
+
+    def to_markdown(self) -> str:
+        """Return the table and its lines, without the title."""
+        rows = [*self.rows, self.total] if self.total else self.rows
+        columns, *cells = ([plain_markdown(cell) for cell in row] for row in (self.columns, *rows))
+        lines = (*self.notes, *(f"Source: {source}" for source in self.sources))
+        bullets = [f"- {plain_markdown(line)}" for line in lines]
+        return "\n".join([text_tables.format_markdown(columns, cells), "", *bullets])
 
 
-@dataclass(frozen=True)
-class Section:
-    """The tables of a kind, or none and the command that makes its records."""
-
-    kind: str
-    title: str
-    command: str
-    tables: list[Table]
+def plain_markdown(line: str) -> str:
+    """Return one line of Markdown that shows these characters."""
+    return " ".join(line.replace("|", "\\|").replace("<", "&lt;").split())
 
 
-# kind: (title, the command that makes a record)
-KINDS = {
-    "profile": ("Operators per optimizer step", "profile --json FILE"),
-    "ops": ("Operators over shapes, beside their peers", "ops --json FILE"),
-    "in_loop": ("Operators within training steps", "profile --in-loop --json FILE"),
-    "step": ("Whole optimizer steps", "step --json FILE"),
-    "traffic": ("Bytes moved by one call", "traffic --json FILE"),
-    "predict": ("A step by calculation, and what was measured", "traffic --json FILE"),
-    "machine": ("What the machine can do at best", "machine --json FILE"),
-    "resources": ("Kernels as compiled", "resources --json FILE"),
-}
+def format_ratio(base: float | None, value: float) -> str:
+    return f"{base / value:.2f}x" if base else NOTHING
 
 
-def sections(found):
-    """Every kind, in order; those without a record have no tables."""
-    make = {
-        "profile": _profile,
-        "in_loop": _in_loop,
-        "step": _step,
-        "traffic": _traffic,
-        "machine": _machine,
-        "resources": _resources,
-    }
-    tables = {kind: [of(f) for f in select.newest(found, kind)] for kind, of in make.items()}
-    tables["predict"] = _predicted(found)
-    tables["ops"] = [_ops(of) for group in select.by_widths(found).values() for of in _by_op(group)]
-    return [
-        Section(kind, title, f"python -m bench {command}", tables[kind])
-        for kind, (title, command) in KINDS.items()
-    ]
+def format_scaled(value: float | None, unit: float, digits: int = 1) -> str:
+    return NOTHING if value is None else f"{value / unit:,.{digits}f}"
 
 
-def unknown(found):
-    """Kinds that no section shows."""
-    return sorted({f.kind for f in found} - set(KINDS))
-
-
-def machines(found):
-    """Every device that was measured, as the newest of its records that are shown describe it."""
-    shown = [f for kind in KINDS for f in select.newest(found, kind) if f.device]
-    shown.sort(key=lambda f: f.run["date"])
-    told, newest = {}, {}
-    for f in shown:
-        told.setdefault(f.device, {}).update({name: of for name, of in f.run.items() if of})
-        newest[f.device] = f
-    columns = "device", "capability", "instruction set", "driver", "torch", "triton", "python"
+def machine_overview(records: Sequence[SourcedRecord]) -> Table:
+    """Return a row for each device with the newest values of its records."""
+    shown = [r for kind in PARSERS for r in newest(records, kind)]
+    runs: dict[str, dict[str, Any]] = {}
+    newest_records = {}
+    for record in sorted(shown, key=lambda r: r.run["date"]):
+        if record.device:
+            values = {name: value for name, value in record.run.items() if value}
+            runs.setdefault(record.device, {}).update(values)
+            newest_records[record.device] = record
     names = "instruction_set", "driver", "torch", "triton", "python"
     rows = [
         (
-            device,
-            ".".join(map(str, run.get("capability", ()))) or NOTHING,
+            *(device, ".".join(map(str, run.get("capability", ()))) or NOTHING),
             *(str(run.get(name, NOTHING)) for name in names),
         )
-        for device, run in told.items()
+        for device, run in runs.items()
     ]
-    return Table("Machines", columns, rows, sources=sources(newest.values()))
+    columns = "device", "capability", *(name.replace("_", " ") for name in names)
+    return Table("Machines", columns, rows, sources=list_sources(newest_records.values()))
 
 
-def sources(found):
-    return tuple(select.origins(found))
-
-
-def times(seconds, base):
-    """How many times faster than `base`."""
-    return f"{base / seconds:.2f}x" if base else NOTHING
-
-
-def scaled(value, scale, digits=1):
-    return NOTHING if value is None else f"{value / scale:,.{digits}f}"
-
-
-def _profile(found):
-    profile = Profile.from_json(found.record)
+def profile_table(record: SourcedRecord[Profile]) -> Table:
+    profile = record.data
     *rows, total = profiles.cells(profile)
-    title = f"{found.device}, backend {found.run['backend']}"
-    notes = profiles.headline(profile), *profiles.notes(profile)
-    return Table(title, profiles.COLUMNS, rows, notes, sources([found]), total)
+    title = f"{record.device}, backend {record.run['backend']}"
+    notes = f"{profiles.headline(profile)}.", *profiles.notes(profile)
+    return Table(title, profiles.PROFILE_COLUMNS, rows, notes, list_sources([record]), total)
 
 
-def _by_op(group):
-    ops = dict.fromkeys(f.record["op"] for f in group)
-    return [[f for f in group if f.record["op"] == op] for op in ops]
+def shorten_profile(table: Table) -> Table:
+    """Return a profile's table without the times of single calls and without sources."""
+    columns, *rows, total = (
+        (row[0], row[1], *row[4:]) for row in (table.columns, *table.rows, table.total or ())
+    )
+    return replace(table, columns=columns, rows=rows, total=total, sources=())
 
 
-def _ops(group):
-    """One operator over its shapes: a row for each shape and implementation."""
+def sweep_tables(records: Sequence[SourcedRecord]) -> list[Table]:
+    """Return a table for each device, width and operator."""
+    return [
+        sweep_table(list(points))
+        for sweep in group_sweeps(records)
+        for _, points in groupby(sweep, key=lambda record: record.data.op)
+    ]
+
+
+def sweep_table(records: Sequence[SourcedRecord[Point]]) -> Table:
+    """Return one operator's table: a row for each shape and implementation."""
     columns = (
         *("shape", "implementation", "forward us", "backward us", "both us", "host us"),
         *("launches fwd/bwd", "GB/s", "% of copy", "vs eager"),
     )
-    rows = [row for f in group for row in _columns(f)]
-    first = group[0]
+    first = records[0]
     notes = (
-        f"{text_tables.width_text(first.run['shape'])}; {_methods(group)}. GB/s counts the bytes that "
-        "the mathematics must move in a forward and a backward, of the copy bandwidth measured in "
-        "the same run; host us: of the CPU, in a forward call on one token.",
-        *select.failures(group),
+        f"{text_tables.width_text(first.run['shape'])}; {_describe_methods(records)}. GB/s counts "
+        "the bytes that a forward and a backward call must move, and % of copy compares it with "
+        "the copy bandwidth measured in the same run. host us: time of the CPU in a forward call "
+        "on one token.",
+        *list_failures(records),
     )
-    title = f"{first.record['title']}, {first.device}"
-    return Table(title, columns, rows, notes, sources(group))
+    rows = [row for record in records for row in _point_rows(record.data)]
+    title = f"{first.data.title}, {first.device}"
+    return Table(title, columns, rows, notes, list_sources(records))
 
 
-def _methods(group):
-    """How the columns were timed; whose, where not all were timed alike."""
-    names = {}
-    for f in group:
-        for name, column in select.timed(f).items():
-            method = column.get("method") or f.run.get("method")
-            how = f"{method}, medians of {f.run.get('repeats')}"
-            names.setdefault(how, {})[name] = None
-    if len(names) == 1:
-        return next(iter(names))
-    return "; ".join(f"{', '.join(of)}: {how}" for how, of in names.items())
+def _describe_methods(records: Sequence[SourcedRecord[Point]]) -> str:
+    """Return how the columns were timed, with their names if they were timed in several ways."""
+    names_by_method: dict[str, dict[str, None]] = {}
+    for record in records:
+        for name, column in record.data.columns.items():
+            method = f"{column.method}, medians of {record.run['repeats']}"
+            names_by_method.setdefault(method, {})[name] = None
+    if len(names_by_method) == 1:
+        return next(iter(names_by_method))
+    return "; ".join(f"{', '.join(names)}: {method}" for method, names in names_by_method.items())
 
 
-def _columns(found):
-    """A row for each implementation at one shape, those that failed at the end."""
-    record = found.record
-    size, moved = text_tables.size_text(found.run["shape"]), sum(record["must_move"])
-    eager = select.timed(found).get("eager", {}).get("seconds", (None,))[-1]
-    for name, column in select.timed(found).items():
-        seconds = column["seconds"]
-        launches = column.get("launches")
-        speed = moved / seconds[-1]
+def _point_rows(point: Point) -> Iterator[Row]:
+    """Yield a row for each implementation at one shape, the failed ones last."""
+    size = text_tables.size_text(point.run["shape"])
+    eager = point.columns["eager"].seconds[2] if "eager" in point.columns else None
+    for name, column in point.columns.items():
+        rate = point.bytes_per_second(name)
         yield (
-            *(size, name, *(scaled(s, 1e-6) for s in (*seconds, column.get("host_seconds")))),
-            " / ".join(map(str, launches)) if launches else NOTHING,
-            f"{speed / 1e9:.1f}",
-            f"{100 * speed / record['copy_bytes_per_second']:.0f}%",
-            times(seconds[-1], eager),
+            *(size, name),
+            *(format_scaled(s, 1e-6) for s in (*column.seconds, column.host_seconds)),
+            " / ".join(map(str, column.launches)) if column.launches else NOTHING,
+            f"{rate / 1e9:.1f}",
+            f"{100 * rate / point.copy_bytes_per_second:.0f}%",
+            format_ratio(eager, column.seconds[2]),
         )
-    for name in select.failed(found):
-        yield size, name, "failed", *(NOTHING,) * 7
+    for name in point.failed:
+        yield (size, name, "failed", *[NOTHING] * 7)
 
 
-def _in_loop(found):
-    rows, step_ms = found.record["rows"], found.record["step_ms"]
+def in_loop_table(record: SourcedRecord[InLoop]) -> Table:
     columns = (
         *("operator", "implementation", "calls fwd/bwd", "forward ms/step", "backward ms/step"),
         "both ms/step",
     )
-    cells = [
+    rows: list[Row] = [
         (
-            *(row["title"], row["implementation"]),
-            f"{row['forward_calls']} / {row['backward_calls']}",
-            *(f"{row[n]:.2f}" for n in ("forward_ms", "backward_ms")),
-            f"{row['forward_ms'] + row['backward_ms']:.2f}",
+            *(row.title, row.implementation, f"{row.forward_calls} / {row.backward_calls}"),
+            *(f"{ms:.2f}" for ms in (row.forward_ms, row.backward_ms, row.ms)),
         )
-        for row in rows
+        for row in record.data.rows
     ]
-    totals = in_loop_totals(found)
-    for name, total in totals.items():
-        cells.append(("all operators", name, "", "", "", f"{total:.2f}"))
-    whole = ", ".join(f"{name} {value:.1f} ms" for name, value in step_ms.items())
+    totals = sum_operators(record.data)
+    rows += [("all operators", name, "", "", "", f"{ms:.2f}") for name, ms in totals.items()]
+    steps = ", ".join(f"{name} {ms:.1f} ms" for name, ms in record.data.step_ms.items())
     notes = [
-        f"{run_text(found.run)}. Self time of the operators on the device within whole training "
-        f"steps; a whole step: {whole}."
+        f"{preset_text(record.run)}. Self time of the operators on the device within whole "
+        f"training steps. A whole step: {steps}."
     ]
-    for name in select.OURS:
+    for name in KERNEL_BACKENDS:
         if name in totals and "eager" in totals:
-            speed = times(totals[name], totals["eager"])
-            notes.append(f"Operators on {name}: {speed} faster than eager PyTorch.")
-    if found.gpu:
+            ratio = format_ratio(totals["eager"], totals[name])
+            notes.append(f"The operators on {name} are {ratio} faster than eager PyTorch.")
+    if "capability" in record.run:
         notes.append(
-            f"The paper's own figures, on 8 H100 at its batch, not this machine: "
+            "The paper's own figures, on 8 H100 at its batch, not this machine: "
             f"{PAPER_MS['eager']} ms eager, {PAPER_MS['fused']} ms with its kernels."
         )
-    title = f"{found.run['preset']}, {found.device}"
-    return Table(title, columns, cells, tuple(notes), sources([found]))
+    title = f"{record.run['preset']}, {record.device}"
+    return Table(title, columns, rows, notes, list_sources([record]))
 
 
-def in_loop_totals(found):
-    """{implementation: ms per step of all operators}"""
-    totals = {}
-    for row in found.record["rows"]:
-        both = row["forward_ms"] + row["backward_ms"]
-        totals[row["implementation"]] = totals.get(row["implementation"], 0.0) + both
-    return totals
+def sum_operators(result: InLoop) -> dict[str, float]:
+    """Return {implementation: milliseconds per step of all its operators}."""
+    names = dict.fromkeys(row.implementation for row in result.rows)
+    return {name: result.total_ms(name) for name in names}
 
 
-def run_text(run):
-    """The preset of a run of training steps, and what of it decides the time of a step."""
+def preset_text(run: Run) -> str:
+    """Return a training run's preset and the fields of its configuration that decide the time."""
     names = "depth", "dim", "heads", "ffn", "batch", "precision"
-    config = (f"{n} {run['config'][n]}" for n in names if n in run.get("config", {}))
-    return ", ".join((run["preset"], *config))
+    fields = (f"{name} {run['config'][name]}" for name in names if name in run["config"])
+    return ", ".join((run["preset"], *fields))
 
 
-def _step(found):
-    rows, rate = found.record["rows"], found.run.get("matmul_flops_per_second")
-    parts = list(dict.fromkeys(part for row in rows for part in row.get("breakdown") or ()))
+def step_table(record: SourcedRecord[Steps]) -> Table:
+    rows, run = record.data.rows, record.run
+    parts = list(dict.fromkeys(part for row in rows for part in row.breakdown))
     columns = (
         *("residual", "implementation", "checkpointing", "loader ms", "gradients ms", "update ms"),
         *("step ms", "tokens/s", "TFLOP/s", "% of matmul", "peak GB"),
         *(f"{part} ms" for part in parts),
     )
-    cells = []
-    for row in rows:
-        step = row["gradients"] + row["update"]
-        speed = row["flops"] / step if row.get("flops") else None
-        breakdown = row.get("breakdown") or {}
-        cells.append(
-            (
-                *(row["residual"], row["implementation"]),
-                str(row.get("checkpointing") or NOTHING),
-                *(
-                    scaled(t, 1e-3)
-                    for t in (row.get("loader"), row["gradients"], row["update"], step)
-                ),
-                scaled(row.get("tokens_per_second"), 1, 0),
-                scaled(speed, 1e12, 3),
-                f"{100 * speed / rate:.0f}%" if speed and rate else NOTHING,
-                scaled(row.get("peak_bytes"), 1e9, 2),
-                *(scaled(breakdown.get(part), 1e-3) for part in parts),
-            )
-        )
-    repeats = f"; medians of {found.run['repeats']} steps" if "repeats" in found.run else ""
+    peak_rate = run.get("matmul_flops_per_second")
     notes = (
-        f"{run_text(found.run)}{repeats}. The loader's time is not in a step's. % of matmul: of "
-        "the rate of a matrix product measured in the same run. The parts are of a profiled "
-        "step, launch gaps what a step that is not has beyond them.",
+        f"{preset_text(run)}; medians of {run['repeats']} steps. The loader's time is not part of "
+        "a step. % of matmul: TFLOP/s compared with a matrix product measured in the same run. "
+        "The parts are from a profiled step; launch gaps: the time of a step without the profiler "
+        "beyond the other parts.",
+        *(f"{variant}: {reason}" for variant, reason in record.data.failed.items()),
     )
-    title = f"{found.run['preset']}, {found.device}"
-    return Table(title, columns, cells, notes, sources([found]))
+    cells = [_step_cells(row, parts, peak_rate) for row in rows]
+    title = f"{run['preset']}, {record.device}"
+    return Table(title, columns, cells, notes, list_sources([record]))
 
 
-def _traffic(found):
-    count = TrafficRecord.from_json(found.record)
-    columns, rows, total = traffic.traffic_cells(count)
-    missing = (f"{backend}: {why}" for backend, why in count.missing.items())
-    notes = *traffic.traffic_notes(count), *missing
-    title = text_tables.size_text(count.run["shape"])
-    return Table(title, columns, rows, notes, sources([found]), total)
+def _step_cells(row: StepTiming, parts: Sequence[str], peak_rate: float | None) -> Row:
+    rate = row.flops / row.step
+    return (
+        *(row.residual, row.implementation, row.checkpointing),
+        *(format_scaled(s, 1e-3) for s in (row.loader, row.gradients, row.update, row.step)),
+        format_scaled(row.tokens_per_second, 1, 0),
+        format_scaled(rate, 1e12, 3),
+        f"{100 * rate / peak_rate:.0f}%" if peak_rate else NOTHING,
+        format_scaled(row.peak_bytes, 1e9, 2),
+        *(format_scaled(row.breakdown.get(part), 1e-3) for part in parts),
+    )
 
 
-def predictions(found):
-    """(title, rows, notes, sources) on each GPU of a datasheet, where a step is counted."""
-    shown = [f.record for f in found]
-    if not roofline.whole_counts(shown):
-        return
-    count, counted = roofline.newest_count(shown)
-    of = sources([f for f in found if f.run in counted.values()])
+def traffic_table(record: SourcedRecord[TrafficRecord]) -> Table:
+    columns, rows, total = traffic_record.format_cells(record.data)
+    title, notes = (
+        text_tables.size_text(record.run["shape"]),
+        traffic_record.format_notes(record.data),
+    )
+    return Table(title, columns, rows, notes, list_sources([record]), total)
+
+
+@dataclass(frozen=True)
+class GpuPrediction:
+    """The predicted operators of one step on a GPU."""
+
+    title: str
+    operators: list[Prediction]
+    notes: Sequence[str]
+    sources: Sequence[str]
+
+
+def predict_gpus(records: Sequence[SourcedRecord]) -> list[GpuPrediction]:
+    """Return the prediction for each GPU with a datasheet; none if no whole step was counted."""
+    jsons = [record.json for record in records]
+    if not roofline.select_complete_counts(jsons):
+        return []
+    traffic, runs = roofline.merge_newest_counts(jsons)
+    sources = list_sources(record for record in records if record.run in runs.values())
+    predictions = []
     for gpu in roofline.DATASHEET:
-        speed = roofline.bandwidth(gpu, shown)
-        rows = predict.predict(count, predict.TOKENS, speed.bytes_per_second)
-        notes = predict.prediction_notes(count, counted, speed, roofline.LAUNCH_SECONDS)
-        yield f"{gpu.upper()}, {predict.TOKENS:,} tokens, by calculation", rows, notes, of
+        bandwidth = roofline.find_bandwidth(gpu, jsons)
+        operators = predict.predict_step(traffic, PAPER_TOKENS, bandwidth.bytes_per_second)
+        notes = predict.format_notes(traffic, runs, bandwidth, roofline.LAUNCH_SECONDS)
+        title = f"Predicted step, {gpu.upper()}, {PAPER_TOKENS:,} tokens"
+        predictions.append(GpuPrediction(title, operators, notes, sources))
+    return predictions
 
 
-def _predicted(found):
+def prediction_tables(records: Sequence[SourcedRecord]) -> list[Table]:
+    """Return the predicted step of each GPU, then measured and predicted calls of each device."""
     tables = []
-    for title, rows, notes, of in predictions(found):
-        columns, body, total = predict.prediction_cells(rows)
-        tables.append(Table(title, columns, body, notes, of, total))
-    if tables:
-        shown = [f.record for f in found]
-        compared = predict.compare(predict.newest(shown), roofline.newest_count(shown)[0])
-        for device, of in predict.by_device(compared).items():
-            columns, cells = predict.comparison_cells(of)
-            title = f"Measured beside predicted, {device}"
-            tables.append(Table(title, columns, cells, predict.COMPARED, tables[0].sources))
+    for prediction in predict_gpus(records):
+        columns, rows, total = predict.format_cells(prediction.operators)
+        notes, sources = prediction.notes, prediction.sources
+        tables.append(Table(prediction.title, columns, rows, notes, sources, total))
+    if not tables:
+        return []
+    jsons = [record.json for record in records]
+    traffic, _ = roofline.merge_newest_counts(jsons)
+    comparisons = comparison.compare_records(comparison.select_newest(jsons), traffic)
+    for device, group in comparison.group_by_device(comparisons).items():
+        columns, rows = comparison.format_cells(group)
+        title, notes = f"Measured and predicted, {device}", comparison.COMPARISON_NOTES
+        tables.append(Table(title, columns, rows, notes, tables[0].sources))
     return tables
 
 
-def _machine(found):
-    record = found.record
-    columns = "", "copy GB/s", f"matrix product TFLOP/s, {record['matmul_dtype']}"
-    rates = (
-        scaled(record["copy_bytes_per_second"], 1e9),
-        scaled(record["matmul_flops_per_second"], 1e12, 3),
+def prediction_summary(records: Sequence[SourcedRecord]) -> Table:
+    """Return the predicted totals of a step, a row for each GPU."""
+    jsons = [record.json for record in records]
+    traffic, _ = roofline.merge_newest_counts(jsons)
+    bandwidths = {gpu: roofline.find_bandwidth(gpu, jsons) for gpu in roofline.DATASHEET}
+    columns, rows = predict.format_summary(traffic, bandwidths)
+    notes = (
+        *(f"{gpu.upper()}: {bandwidth.source}." for gpu, bandwidth in bandwidths.items()),
+        f"{PAPER_TOKENS:,} tokens, {traffic_record.PAPER_BLOCKS} blocks, "
+        f"{1e6 * roofline.LAUNCH_SECONDS:g} us per launch, assumed. Calculated, not measured; "
+        "python -m bench predict prints all assumptions.",
     )
-    rows = [(found.device, *rates)]
-    notes = ("A copy counts the bytes that it reads and those that it writes.",)
-    return Table(f"{found.device}", columns, rows, notes, sources([found]))
+    return Table("Predicted step", columns, rows, notes)
 
 
-def _resources(found):
-    shape = text_tables.shape_text(found.run["shape"])
-    cells, notes = kernel_resources.cells(found.record), kernel_resources.notes(found.record)
-    return Table(shape, kernel_resources.COLUMNS, cells, notes, sources([found]))
+def machine_table(record: SourcedRecord[MachineRecord]) -> Table:
+    rates = record.data
+    columns = "device", "copy GB/s", f"matrix product TFLOP/s, {rates['matmul_dtype']}"
+    copy = format_scaled(rates["copy_bytes_per_second"], 1e9)
+    row = str(record.device), copy, format_scaled(rates["matmul_flops_per_second"], 1e12, 3)
+    notes = ("The copy counts the bytes that it reads and the bytes that it writes.",)
+    return Table(str(record.device), columns, [row], notes, list_sources([record]))
+
+
+def resource_table(record: SourcedRecord[ResourceRecord]) -> Table:
+    rows, notes = (
+        kernel_resources.format_cells(record.data),
+        kernel_resources.format_notes(record.data),
+    )
+    title, columns = text_tables.shape_text(record.run["shape"]), kernel_resources.RESOURCE_COLUMNS
+    return Table(title, columns, rows, notes, list_sources([record]))

@@ -1,4 +1,4 @@
-"""Records of every kind, as the commands write them: of two machines that do not exist."""
+"""Records of every kind, as the commands write them, from two machines that do not exist."""
 
 import itertools
 
@@ -13,11 +13,12 @@ GPU = {
     "driver": "570.1",
     "clocks": {"sm": "1980", "memory": "2619", "sm_max": "1980"},
 }
+NO_DEVICE = {}  # nothing was timed
 minutes = itertools.count()
 
 
 def run(device=CPU, batch=4, **changes):
-    """A run later than all before it."""
+    """Return a run that is newer than all before it."""
     minute = next(minutes)
     return {
         "date": f"2026-01-{2 + minute // 1440:02}T{minute // 60 % 24:02}:{minute % 60:02}:00+00:00",
@@ -35,45 +36,46 @@ def run(device=CPU, batch=4, **changes):
 
 
 def profile(device=CPU, backend="cpu", fused=1e-3):
-    def seconds(case):
-        unit = case.fwd(Shape()) / 4
-        return {
-            "eager": [5 * unit * fused, 7 * unit * fused],
-            "compile": [2 * unit * fused, 3 * unit * fused],
-            "fused": [unit * fused, 1.5 * unit * fused],
-        }
+    """Return a profile without "kind", like the first records."""
 
-    rows = [
-        {
+    def row(case):
+        unit, calls = case.fwd(Shape()) / 4 * fused, calls_per_step(case, 400)
+        return {
             **{"op": case.op, "title": case.title, "part_of": case.part_of},
-            **dict(
-                zip(("forward_calls", "backward_calls"), calls_per_step(case, 400), strict=True)
-            ),
-            "seconds": seconds(case),
+            **{"forward_calls": calls[0], "backward_calls": calls[1]},
+            "seconds": {
+                "eager": [5 * unit, 7 * unit],
+                "compile": [2 * unit, 3 * unit],
+                "fused": [unit, 1.5 * unit],
+            },
             "bytes": [case.fwd(Shape()) * 2621440, case.bwd(Shape()) * 2621440],
         }
-        for case in PROFILE
-    ]
+
     settings = {"backend": backend, "blocks": 400, "repeats": 30}
     copy = 2.5e12 if device is GPU else 2e10
+    rows = [row(case) for case in PROFILE]
     return {"run": run(device, **settings), "copy_bytes_per_second": copy, "rows": rows}
 
 
-def column(forward, backward):
-    seconds = [forward, backward, forward + backward]
-    host = {"host_seconds": 2e-5, "launches": [1, 2]}
-    return {"seconds": seconds, **host, "method": "graph replay"}
+def column(forward, backward, launches=(1, 2)):
+    return {
+        "seconds": [forward, backward, forward + backward],
+        "host_seconds": 2e-5,
+        "launches": launches and list(launches),
+        "method": "graph replay",
+    }
 
 
 def ops(case=CASES[3], device=GPU, batch=4, **columns):
+    """Return a point of a sweep in which liger fails and quack is not installed."""
     unit = batch * case.fwd(Shape()) * 1e-6
     timed = {
         "eager": column(8 * unit, 20 * unit),
-        "compile": {**column(2 * unit, 3 * unit), "launches": None, "host_seconds": None},
+        "compile": column(2 * unit, 3 * unit, launches=None),
         "triton": column(1.1 * unit, 2 * unit),
         "cuda": column(unit, 1.8 * unit),
+        **columns,
     }
-    timed |= columns
     return {
         "kind": "ops",
         "run": run(device, batch, repeats=30),
@@ -90,7 +92,7 @@ CONFIG = {"depth": 400, "dim": 32, "heads": 2, "ffn": 96, "batch": 8, "precision
 TRAINED = {"preset": "collapse400", "config": CONFIG, "repeats": 7}
 
 
-def in_loop(device=CPU, ours="cpu"):
+def in_loop(device=CPU, backend="cpu"):
     rows = [
         {
             **{"op": case.op, "title": case.title, "implementation": name},
@@ -98,10 +100,11 @@ def in_loop(device=CPU, ours="cpu"):
             **{"forward_ms": 10 * factor, "backward_ms": 15 * factor},
         }
         for case in PROFILE[2:]
-        for name, factor in (("eager", 3.0), (ours, 1.0))
+        for name, factor in (("eager", 3.0), (backend, 1.0))
     ]
-    step_ms = {"eager": 600.0, ours: 400.0}
-    return {"kind": "in_loop", "run": run(device, **TRAINED), "rows": rows, "step_ms": step_ms}
+    steps = {"step_ms": {"eager": 600.0, backend: 400.0}}
+    steps["ranges_ms"] = {"eager": 630.0, backend: 420.0}
+    return {"kind": "in_loop", "run": run(device, **TRAINED), "rows": rows, **steps}
 
 
 def step(device=CPU):
@@ -116,19 +119,20 @@ def step(device=CPU):
             **{"tokens_per_second": 5000.0, "flops": 1.3e12, "peak_bytes": peak},
         }
         for name in ("eager", "cpu")
-        for policy, parts, peak in (("none", breakdown, 3e9), ("3/4", None, None))
+        for policy, parts, peak in (("none", breakdown, 3e9), ("3/4", {}, None))
     ]
     rate = {"matmul_flops_per_second": 4e12}
     return {"kind": "step", "run": run(device, **TRAINED, **rate), "rows": rows}
 
 
 def old_step():
+    """Return a record of the time when rows named a backend and not an implementation."""
     row = {"residual": "post", "backend": "cpu", "gradients": 1.0, "update": 0.1}
     return {"kind": "step", "run": run(**TRAINED), "rows": [row]}
 
 
 def traffic():
-    """The published kernels lack an operator of the step."""
+    """Return counts in which the published kernels lack an operator of the step."""
     rows = [
         {
             **{"op": case.op, "title": case.title, "direction": direction, "backend": backend},
@@ -146,9 +150,7 @@ def traffic():
         )
     ]
     missing = {"cuda": "no <compiler>"}
-    made = run()
-    del made["device"], made["threads"], made["instruction_set"]
-    return {"kind": "traffic", "run": made, "rows": rows, "missing": missing}
+    return {"kind": "traffic", "run": run(NO_DEVICE), "rows": rows, "missing": missing}
 
 
 def machine(device=CPU):
@@ -163,12 +165,11 @@ def resources():
         **{"loads": {"128": 4, "64": 2}, "stores": {"128": 1}, "seconds": 0.5},
         **{"blocks_per_sm": 12, "limited_by": "registers", "warps_share": 0.75},
     }
-    made = run(cuda_compiler="NVRTC 13.0")
-    del made["device"], made["threads"], made["instruction_set"]
-    return {"kind": "resources", "run": made, "rows": [row], "missing": {"cuda": "no NVRTC"}}
+    compiled = run(NO_DEVICE, cuda_compiler="NVRTC 13.0")
+    return {"kind": "resources", "run": compiled, "rows": [row], "missing": {"cuda": "no NVRTC"}}
 
 
-def everything():
+def every_kind():
     sweep = [ops(case, GPU, batch) for case in CASES for batch in (1, 4, 16)]
     return [
         *(profile(), profile(GPU, "triton", 8e-6), *sweep, in_loop(), in_loop(GPU, "triton")),
