@@ -87,7 +87,7 @@ def missing_reason(
     if name in NEED_CUDA and not is_cuda(device):
         return f"it needs a CUDA device: on {device_type} there is nothing to time"
     if name in _backends.BACKENDS:  # the merge that carries the mean uses the same kernels
-        return _backends.missing(name, case.op.removesuffix("_with_mean"), device_type)
+        return _backends.find_missing(name, case.op.removesuffix("_with_mean"), device_type)
     return _not_installed(name, case, published) if name in PEERS else None
 
 

@@ -122,7 +122,7 @@ def _usable_backend(backend: str | None, device: str) -> str:
     device_type = torch.device(device).type
     if backend != "reference":
         for case in PROFILE:
-            _backends.kernel(backend, case.op, "_fwd", device_type)
+            _backends.load_kernel(backend, case.op, "_fwd", device_type)
     if backend == "triton" and device_type == "cpu":
         raise RuntimeError(
             "profile: on a CPU Triton interprets its kernels, so there is nothing to time; "

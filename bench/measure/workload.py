@@ -18,7 +18,7 @@ from model.data import open_dataset
 from model.nn.dit import build
 from model.train.heap import keep_freed_memory
 from model.train.optim import make_optimizer
-from model.train.step import Batch, draw_batch, gradient_norm, gradients, prepare, update
+from model.train.step import Batch, compute_gradients, draw_batch, gradient_norm, prepare, update
 from mvsplit_ops import _backends
 
 EAGER = "eager"  # the backend `reference`, nothing compiled
@@ -95,7 +95,7 @@ class Workload:
         return Batch(x0, x1, torch.rand(c.batch, generator=generator), text)
 
     def gradients(self) -> None:
-        gradients(self.config, self.model, self.batch, self.device)
+        compute_gradients(self.config, self.model, self.batch, self.device)
 
     def update(self) -> None:
         """Take the norm of the gradients, clip them and update with AdamW."""
@@ -164,7 +164,7 @@ def check_trainable(names: Sequence[str], device: str) -> list[str]:
             raise ValueError(f"implementation must be one of {known}, got {name!r}")
         backend = _backend_of(name)
         if backend != "reference":
-            _backends.kernel(backend, "swiglu", "_fwd", kind)
+            _backends.load_kernel(backend, "swiglu", "_fwd", kind)
             if kind == "cpu" and backend != "cpu":
                 raise RuntimeError(
                     f"{name} only emulates its kernels on a CPU, so there is nothing to time; "
@@ -177,7 +177,7 @@ def default_backends(device: str) -> list[str]:
     """Return the backends that are compared if none is named: those that run on the device."""
     kind = torch.device(device).type
     candidates = ("cpu",) if kind == "cpu" else ("triton", "cuda")
-    return [b for b in candidates if _backends.missing(b, "swiglu", kind) is None]
+    return [b for b in candidates if _backends.find_missing(b, "swiglu", kind) is None]
 
 
 def _has_random_latents(config: Config) -> bool:
