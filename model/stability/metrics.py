@@ -40,10 +40,9 @@ import torch
 from torch import Tensor
 
 import mvsplit_ops as mv
-from model.nn.dit import PlainMerge
+from model.nn.residual import Merge
 
 Sums: TypeAlias = dict[str, Tensor]
-Merge: TypeAlias = mv.MVSplitRMSNorm | PlainMerge
 
 WRITERS = ("attention", "ffn")
 SEGMENT_SUFFIXES = ("", "_text")  # of the image and the text

@@ -45,8 +45,9 @@ def run(
     """
     study, out = STUDY_BY_NAME[name], Path(out or f"runs/study-{name}")
     results = {
-        "study": name, "date": datetime.date.today().isoformat(), "commit": checkpoint.commit(),
-        "torch": torch.__version__, **study.run(out, blocks, seeds, steps, show),
+        "study": name, "date": datetime.date.today().isoformat(),
+        "commit": checkpoint.read_commit(), "torch": torch.__version__,
+        **study.run(out, blocks, seeds, steps, show),
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"{name}.json"]

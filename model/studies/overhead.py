@@ -11,7 +11,14 @@ from model.nn.dit import build
 from model.stability.taps import MAPS_EVERY, Recorder
 from model.studies.base import Progress, Results, Study
 from model.train.optim import make_optimizer
-from model.train.step import Batch, draw_batch, gradient_norms, gradients, prepare, update
+from model.train.step import (
+    Batch,
+    compute_gradients,
+    draw_batch,
+    gradient_norms,
+    prepare,
+    update,
+)
 
 TIMED_STEPS = 50
 WARM_UP_STEPS = 2  # not timed
@@ -104,7 +111,7 @@ class _Training:
     def step(self, step: int, batch: Batch) -> None:
         """Take one update and copy the metrics to the host, as a guard does."""
         self._recorder.begin(step + 1)
-        loss, quarters = gradients(self._config, self._model, batch, self._device)
+        loss, quarters = compute_gradients(self._config, self._model, batch, self._device)
         norms = gradient_norms(self._optimizer)
         self._recorder.record(step + 1, loss, norms, quarters)
         self._recorder.rows()

@@ -55,7 +55,7 @@ def test_a_locked_run_is_stopped_with_its_evidence(stopped):
     assert verdict["verdict"] == LOCKED and verdict["first"][LOCKED]["step"] == last["step"]
     assert verdict["lead"] == last["step"] - verdict["first"][TRIP]["step"] > 0
     good = run / verdict["last_good_checkpoint"]
-    assert checkpoint.read_meta(good)["step"] < verdict["first"][TRIP]["step"]
+    assert checkpoint.read_meta(good).step < verdict["first"][TRIP]["step"]
     assert f"with a lower lr, --resume {good} --out NEW --set lr=" in str(error)
     assert f"step {last['step']}: LOCKED (TCS" in str(error)
     assert (run / f"trip-{verdict['first'][TRIP]['step']}" / "trace.json").is_file()
@@ -103,7 +103,7 @@ def test_the_last_good_checkpoint_is_not_pruned(tmp_path):
         train(collapsing(save_every=2, keep=1, steps=30), run, guard="stop")
     verdict = json.loads((end.value.folder / "verdict.json").read_text())
     good = run / verdict["last_good_checkpoint"]
-    assert checkpoint.read_meta(good)["step"] < verdict["first"][TRIP]["step"]
+    assert checkpoint.read_meta(good).step < verdict["first"][TRIP]["step"]
     assert checkpoint.newest_step(run) == 16
     trace = json.loads((end.value.folder / "trace.json").read_text())
     assert len(trace["scalars"]["loss"]["s"]) > 9
@@ -127,7 +127,7 @@ def test_an_interrupted_branch_resumes_from_its_first_step(stopped, tmp_path):
         train(collapsing(), tmp_path / "new", resume=str(good), guard="stop")
     assert "resume from the last good checkpoint" in str(end.value)
     first = read_rows(tmp_path / "new" / "metrics.jsonl")[0]["step"]
-    assert first == checkpoint.read_meta(good)["step"] + 1
+    assert first == checkpoint.read_meta(good).step + 1
     train(collapsing(), tmp_path / "new", guard="warn")
     assert read_rows(tmp_path / "new" / "metrics.jsonl")[0]["step"] == first
     verdicts = sorted((tmp_path / "new").glob("collapse-*/verdict.json"))
@@ -190,7 +190,7 @@ def test_a_resumed_run_with_skips_equals_an_uninterrupted_one(tmp_path):
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
     whole = [(r["step"], r.get("skipped")) for r in read_rows(tmp_path / "whole/metrics.jsonl")]
     assert [step for step, skipped in whole if skipped] == [6, 7, 13]
-    assert checkpoint.read_meta(checkpoint.find(tmp_path / "whole"))["updates"] == 13
+    assert checkpoint.read_meta(checkpoint.find(tmp_path / "whole")).updates == 13
 
 
 def test_non_finite_steps_are_skipped_a_limited_number_of_times(tmp_path, monkeypatch):
@@ -231,13 +231,13 @@ def test_a_guard_needs_probes_and_a_valid_mode(tmp_path):
 
 
 def test_a_run_that_ends_with_a_nan_loss_prints_it(tmp_path, monkeypatch, capsys):
-    finite = loop.gradients
+    finite = loop.compute_gradients
 
     def gradients(*args):
         loss, quarters = finite(*args)
         return loss * math.nan, quarters
 
-    monkeypatch.setattr(loop, "gradients", gradients)
+    monkeypatch.setattr(loop, "compute_gradients", gradients)
     args = ["train", "collapse100", "--guard", "skip", "--out", str(tmp_path / "run"), *SET]
     for _ in range(2):
         assert main([*args, "--set", "depth=3", "steps=2"]) == 0

@@ -8,7 +8,7 @@ from model.data import open_dataset
 from model.nn.dit import build
 from model.stability import taps
 from model.train.optim import make_optimizer
-from model.train.step import draw_batch, gradient_norms, gradients, update
+from model.train.step import compute_gradients, draw_batch, gradient_norms, update
 
 SMALL = dict(
     depth=5, dim=32, heads=2, ffn=48, text_dim=32, size=12, batch=4, warmup=5, threads=1,
@@ -27,7 +27,7 @@ def train_steps(probes, n=4, **changes):
             block.compile()
     for step in range(n):
         recorder.begin(step + 1)
-        loss, quarters = gradients(config, model, draw_batch(config, dataset, step), "cpu")
+        loss, quarters = compute_gradients(config, model, draw_batch(config, dataset, step), "cpu")
         norms = gradient_norms(optimizer)
         recorder.record(step + 1, loss, norms, quarters)
         update(config, step, optimizer, norms.norm())
