@@ -68,7 +68,7 @@ def compute_implied_tokens(
 ) -> int | None:
     """Return the tokens of a micro-batch with which a step's operators take `ms` milliseconds.
 
-    None: the launches alone take longer, or the implementation was not counted.
+    None: the launches take longer than that, or the implementation was not counted.
     """
     one_token = roofline.scale_to_tokens(traffic, 1)
     cost = roofline.compute_step_cost(traffic, implementation, one_token, blocks)
@@ -173,7 +173,7 @@ def describe_paper(
         assumption = f"with {1e6 * launch:g} us per launch" if launch else "with bytes only"
         tokens = compute_implied_tokens(traffic, eager, "eager", *speed)
         if tokens is None:
-            lines.append(f"{assumption}: none, the launches alone take longer.")
+            lines.append(f"{assumption}: none, the launches take longer than that.")
             continue
         ms = _sum_ms(predict_step(traffic, tokens, *speed))
         samples = tokens / roofline.read_shape(traffic.run).T

@@ -25,7 +25,7 @@ def run(tmp_path):
         cuda_emulator._loaded.clear()  # each toy.cu is a different kernel
         (tmp_path / "toy.cu").write_text(HEADER + "KERNEL(toy, Args, 128, 1) {" + body + "}")
         emulator = cuda_emulator.Emulator(folder=tmp_path)
-        for _ in range(2):  # both orders of the threads
+        for _ in range(2):  # the threads in ascending and descending order
             out = torch.full((n,), math.nan)
             values = torch.arange(64.0) if values is None else values
             options = {"grid": 1, "block": 64, **launch}
