@@ -1,73 +1,124 @@
-"""A collapse to watch: Post-Norm, LayerScale and MV-Split trained side by side on the CPU."""
+"""Demonstration of a collapse: Post-Norm, LayerScale and MV-Split, trained on the CPU."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
 
 from model.config import CONTENDERS, UsageError
+from model.data import Dataset
 from model.stability.guard import LOCK_LAST, LOCKED
+from model.stability.signals import MetricsRow
 from model.stability.taps import tapped_layers
-from model.train.runs import Job, train_all
+from model.train.runs import Job, Tables, train_all
 
-SMOOTH = 10  # steps whose mean is shown as the loss
+SMOOTH_STEPS = 10  # over which the displayed loss is averaged
 
 
-def run(preset, folder, overrides, show):
-    """Train the contenders of a preset into folder/<residual>; returns {residual: rows of metrics}.
+def run(
+    preset: str, folder: Path, overrides: dict[str, Any], show: Callable[[Tables], None]
+) -> Tables:
+    """Train the contenders into folder/<residual>; return {residual: lines of metrics}.
 
-    show  called about twice a second with {residual: rows so far}
+    show  called about twice a second with the lines so far
     """
     fixed = {"probes", *(name for fields in CONTENDERS.values() for name in fields)}
-    given = sorted(fixed & overrides.keys())
-    if given:
-        raise UsageError(f"demo sets {', '.join(sorted(fixed))} itself, got {', '.join(given)}")
+    conflicts = sorted(fixed & overrides.keys())
+    if conflicts:
+        raise UsageError(
+            f"demo sets {', '.join(sorted(fixed))} itself; remove {', '.join(conflicts)} from --set"
+        )
     jobs = {name: Job(preset, {**fields, **overrides}) for name, fields in CONTENDERS.items()}
     return train_all(jobs, folder, show)
 
 
-def trivial_loss(dataset, n=256):
-    """The loss of predicting 0, 1 + mean x0^2, over the first samples."""
+def trivial_loss(dataset: Dataset, n: int = 256) -> float:
+    """Return the loss of predicting 0, which is 1 + mean x0^2, over the first n samples."""
     return 1 + sum(dataset.get(i)[0].square().mean().item() for i in range(n)) / n
 
 
-def last_block(row, metric):
-    """A metric at the deepest tapped block of a line of metrics; None where it is not finite."""
+def last_block(row: MetricsRow, metric: str) -> float | None:
+    """Return a metric of the deepest tapped block; None if it is NaN or infinity."""
     values = row["layerwise"][metric]
     return values[max(values, key=int)]
 
 
-def ratio(row):
-    """G_mean / G_ctr of W_2 in the last block."""
+def gradient_ratio(row: MetricsRow) -> float | None:
+    """Return G_mean / G_ctr of W_2 in the last block."""
     mean, centred = (last_block(row, f"{g}_ffn") for g in ("G_mean", "G_ctr"))
     return mean / centred if mean is not None and centred else None
 
 
-def summary(name, rows):
-    """What a contender did: (loss, TCS, rho, G_mean/G_ctr, seconds a step, verdict)."""
-    recent = rows[-SMOOTH:]
-    loss = sum(row["loss"] for row in recent) / len(recent)
-    seconds = sorted(row["seconds_per_step"] for row in rows)[len(rows) // 2]
+@dataclass(frozen=True)
+class Summary:
+    """State of a contender: metrics of the last block, and the guard's verdict."""
+
+    loss: float  # mean of SMOOTH_STEPS
+    tcs: float | None
+    rho: float | None
+    ratio: float | None  # G_mean / G_ctr of W_2
+    seconds: float  # per step, median
+    verdict: str
+
+
+def summarize(rows: Sequence[MetricsRow]) -> Summary:
+    """Return the state of a contender after its last line of metrics."""
+    recent = rows[-SMOOTH_STEPS:]
     locked = next((row["step"] for row in rows if row.get("guard") == LOCKED), None)
-    verdict = f"locked at step {locked}" if locked else "trains"
-    figures = (last_block(rows[-1], metric) for metric in ("tcs", "rho"))
-    return loss, *figures, ratio(rows[-1]), seconds, verdict
+    return Summary(
+        loss=sum(row["loss"] for row in recent) / len(recent),
+        tcs=last_block(rows[-1], "tcs"),
+        rho=last_block(rows[-1], "rho"),
+        ratio=gradient_ratio(rows[-1]),
+        seconds=sorted(row["seconds_per_step"] for row in rows)[len(rows) // 2],
+        verdict=f"locked at step {locked}" if locked else "trains",
+    )
 
 
-def figure(table, depth, trivial, path):
-    """Loss, TCS, rho and G_mean/G_ctr over the steps; `trivial`: see trivial_loss."""
-    import matplotlib
+def make_table(tables: Tables, steps: int, trivial: float) -> Table:
+    """Return the state of the contenders as a table for the terminal."""
+    view = Table(
+        caption=f"loss: mean of {SMOOTH_STEPS} steps (predicting 0: {trivial:.3f}); other columns: "
+        "last block, last step"
+    )
+    for name in ("residual", "step", "loss", "TCS", "rho", "G_mean/G_ctr", "s/step", ""):
+        view.add_column(name, justify="left" if name == "residual" else "right")
+    for name, rows in tables.items():
+        if not rows:
+            view.add_row(name, "waiting", *[""] * 6)
+            continue
+        s = summarize(rows)
+        figures = ("inf" if v is None else f"{v:.3g}" for v in (s.rho, s.ratio))
+        tcs = "nan" if s.tcs is None else f"{s.tcs:.4f}"
+        step = f"{rows[-1]['step']}/{steps}"
+        view.add_row(name, step, f"{s.loss:.3f}", tcs, *figures, f"{s.seconds:.3f}", s.verdict)
+    return view
+
+
+def draw(tables: Tables, depth: int, trivial: float, path: Path) -> None:
+    """Write a PNG of loss, TCS, rho and G_mean / G_ctr over the steps.
+
+    trivial  the loss of predicting 0
+    """
+    import matplotlib  # optional
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = (
-        ("loss", f"training loss, mean of {SMOOTH} steps", lambda r: r["loss"], "linear"),
-        ("TCS", "token cosine similarity, last block", lambda r: last_block(r, "tcs"), "linear"),
-        ("rho", "rho = |JX| / |PX|, last block", lambda r: last_block(r, "rho"), "log"),
-        ("G", "G_mean / G_ctr of W_2, last block", ratio, "log"),
-    )
+    panels: list[tuple[str, Callable[[MetricsRow], float | None], str]] = [
+        (f"training loss, mean of {SMOOTH_STEPS} steps", lambda r: r["loss"], "linear"),
+        ("token cosine similarity, last block", lambda r: last_block(r, "tcs"), "linear"),
+        ("rho = |JX| / |PX|, last block", lambda r: last_block(r, "rho"), "log"),
+        ("G_mean / G_ctr of W_2, last block", gradient_ratio, "log"),
+    ]
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True, layout="constrained")
-    for (name, title, value, scale), axis in zip(panels, axes.flat, strict=True):
-        for contender, rows in table.items():
-            points = [(r["step"], value(r)) for r in rows if value(r) is not None]
+    for (title, value, scale), axis in zip(panels, axes.flat, strict=True):
+        for contender, rows in tables.items():
+            points = [(r["step"], v) for r in rows if (v := value(r)) is not None]
             steps, values = zip(*points, strict=True)
-            if name == "loss":
+            if axis is axes[0, 0]:
                 values = _smooth(values)
             axis.plot(steps, values, label=contender, linewidth=1.6)
         axis.set(title=title, yscale=scale)
@@ -85,7 +136,7 @@ def figure(table, depth, trivial, path):
     plt.close(figure)
 
 
-def _smooth(values):
-    return [
-        sum(values[max(0, i + 1 - SMOOTH) : i + 1]) / min(i + 1, SMOOTH) for i in range(len(values))
-    ]
+def _smooth(values: Sequence[float]) -> tuple[float, ...]:
+    """Return the trailing means over SMOOTH_STEPS."""
+    windows = (values[max(0, i + 1 - SMOOTH_STEPS) : i + 1] for i in range(len(values)))
+    return tuple(sum(window) / len(window) for window in windows)

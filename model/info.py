@@ -1,17 +1,17 @@
-"""Tables for `python -m model info`: a configuration beside the paper's, what a step costs."""
+"""Tables of `python -m model info`: a configuration next to the paper's, the cost of a step."""
 
 import dataclasses
 
 from rich.table import Table
 
-from model.config import FIELDS
-from model.train.memory import POLICIES, plan
+from model.config import FIELDS, Config
+from model.train.memory import POLICIES, Plan, plan
 
-GPUS = (1, 8, 16)
+GPU_COUNTS = (1, 8, 16)
 
 
-def configuration_table(config):
-    """Every field, its value, and the paper's where it states one."""
+def configuration_table(config: Config) -> Table:
+    """Return every field with its value and the value that the paper states."""
     table = Table(title=f"configuration {config.hash}")
     for column in ("field", "value", "the paper", "meaning"):
         table.add_column(column, overflow="fold")
@@ -21,46 +21,48 @@ def configuration_table(config):
     return table
 
 
-def cost_lines(config, here):
-    """What holds for every policy, a line each; `here` is the plan of the configuration itself."""
+def cost_lines(config: Config, cost: Plan) -> list[str]:
+    """Return the costs that do not depend on the checkpointing policy, one per line."""
     names = ("rope_qk_norm", "swiglu", "mvsplit_rmsnorm", "residual_rmsnorm")
     calls = [
-        f"{name} {here.calls[f'{name}_fwd']} + {here.calls[f'{name}_bwd']}"
+        f"{name} {cost.calls[f'{name}_fwd']} + {cost.calls[f'{name}_bwd']}"
         for name in names
-        if f"{name}_fwd" in here.calls
+        if f"{name}_fwd" in cost.calls
     ]
     tokens = config.batch * sum(config.segments)
-    weights = here.parameters * (2 if config.precision == "bf16" else 4)
+    weights = cost.parameters * (2 if config.precision == "bf16" else 4)
     return [
-        f"{here.parameters:,} parameters ({here.parameters / 1e9:.4g} B)",
-        f"{config.batch} samples, {tokens:,} tokens a step, in {here.micro_batches} micro-batches",
-        f"calls of a micro-batch, forward + backward: {', '.join(calls)}",
-        f"a checkpoint: weights {size(weights)}, with moments {size(weights + here.moments)}",
+        f"{cost.parameters:,} parameters ({cost.parameters / 1e9:.4g} B)",
+        f"step: {config.batch} samples, {tokens:,} tokens, in {cost.micro_batches} micro-batches",
+        f"kernel calls of a micro-batch, forward + backward: {', '.join(calls)}",
+        f"checkpoint: weights {format_bytes(weights)}, "
+        f"with moments {format_bytes(weights + cost.moments)}",
     ]
 
 
-def memory_table(config):
-    """Bytes a GPU and FLOPs a step under each checkpointing policy."""
-    table = Table(title="a step under each checkpointing policy", caption_justify="left")
+def memory_table(config: Config) -> Table:
+    """Return FLOPs per step and bytes per GPU under each checkpointing policy."""
+    table = Table(title="one step under each checkpointing policy", caption_justify="left")
     table.add_column("checkpointing")
-    for column in ("FLOPs a step", "activations", *(f"peak, {n} GPU" for n in GPUS)):
+    for column in ("FLOPs per step", "activations", *(f"peak, {n} GPU" for n in GPU_COUNTS)):
         table.add_column(column, justify="right")
     for policy in dict.fromkeys((*POLICIES, config.checkpointing)):
         p = plan(dataclasses.replace(config, checkpointing=policy))
         name = f"[bold]{policy}[/bold]" if policy == config.checkpointing else policy
-        peaks = [size(p.peak(n)) for n in GPUS]
-        table.add_row(name, f"{p.flops:.3e}", size(p.activations + p.working), *peaks)
+        peaks = [format_bytes(p.peak(n)) for n in GPU_COUNTS]
+        table.add_row(name, f"{p.flops:.3e}", format_bytes(p.activations + p.working), *peaks)
     table.caption = (
-        "FLOPs of matrix products and attention, recomputation included. Peaks with weights, "
-        "gradients and moments\nshared out over the GPUs and a micro-batch of "
-        f"{config.micro_batch or config.batch} on each; this trainer runs on one."
+        "FLOPs of matrix products and attention, including recomputation. Peaks assume weights, "
+        "gradients and moments\nsharded over the GPUs and a micro-batch of "
+        f"{config.micro_batch or config.batch} on each; this trainer uses one GPU."
     )
     return table
 
 
-def size(n):
-    """Bytes for people, in powers of 1000."""
+def format_bytes(n: float) -> str:
+    """Return a number of bytes as text with a decimal unit."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if n < 1000 or unit == "TB":
-            return f"{n:.4g} {unit}"
+            break
         n /= 1000
+    return f"{n:.4g} {unit}"

@@ -1,20 +1,45 @@
-"""Training data: `open_dataset(config)` gives images or latents with embedded captions.
+"""Training data: images or latents with embedded captions.
 
-A dataset has
-
-    get(index)          x0 (C, size, size) float32 and text (tokens, width) float32, CPU tensors
-    empty               text of the empty caption
-    embed(captions)     text (n, tokens, width) of captions in words
-    captions(n)         n captions to sample from
-    to_rgb(x)           (B, 3, h, w) in [0, 1] of samples x, and what was done to them
-    fingerprint         what a checkpoint remembers of the data
-    index(seed, n)      which sample is the n-th of training
+shapes     synthetic images of coloured shapes, drawn by index
+latents    precomputed latents and text embeddings in safetensors files
 """
 
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from model.config import Config
 from model.data.latents import Latents
 from model.data.shapes import Shapes
 
 
-def open_dataset(config):
-    """The dataset that a configuration names; UsageError when it does not fit the model."""
-    return {"shapes": Shapes, "latents": Latents}[config.data](config)
+class Dataset(Protocol):
+    """Samples by index.
+
+    empty         text (tokens, text_dim) of the empty caption
+    fingerprint   description of the data that a checkpoint stores, to detect other data
+    """
+
+    empty: Tensor
+    fingerprint: str
+
+    def index(self, n: int) -> int:
+        """Return the index of the n-th sample of training."""
+
+    def get(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return x0 (C, size, size) and text (tokens, text_dim), float32 on the CPU."""
+
+    def embed(self, captions: Sequence[str]) -> Tensor:
+        """Return text (n, tokens, text_dim) of captions in words."""
+
+    def captions(self, n: int) -> list[str]:
+        """Return n captions to sample from."""
+
+    def to_rgb(self, x: Tensor) -> tuple[Tensor, str]:
+        """Return samples x as (B, 3, h, w) in [0, 1], and a description of the conversion."""
+
+
+def open_dataset(config: Config) -> Dataset:
+    """Return the dataset of a configuration; UsageError if it does not fit the model."""
+    return Shapes(config) if config.data == "shapes" else Latents(config)

@@ -1,38 +1,44 @@
-"""Does a sample show what its caption asked for? On `shapes`, by looking at the pixels."""
+"""Agreement of samples with their captions on data=shapes, measured in the pixels."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
 
 from model.config import UsageError
-from model.data.shapes import ATTRIBUTES, parse
+from model.data import Dataset
+from model.data.shapes import ATTRIBUTES, Shapes, parse
 from model.evaluate.sample import sample_images
+from model.nn.dit import DiT
 
 
-def conditioning(model, dataset, n=64, seed=0, **sampling):
-    """{attribute: share of n samples that match their caption}, and "all" four.
+def evaluate_captions(
+    model: DiT, dataset: Dataset, n: int = 64, seed: int = 0, **sampling: Any
+) -> dict[str, float]:
+    """Return the result of match_shares for n samples, seeds `seed`, `seed` + 1, ...
 
-    sampling  steps, guidance, method, batch, progress: as model.sample.sample_images
+    sampling  steps, guidance, method, batch, progress: as in sample_images
     """
-    if not hasattr(dataset, "recognise"):
-        raise UsageError("eval looks at pixels, so it needs a model of data=shapes")
+    if not isinstance(dataset, Shapes):
+        raise UsageError("eval reads attributes from pixels and needs a model of data=shapes")
     captions = dataset.captions(n)
     images = sample_images(model, dataset, captions, range(seed, seed + n), **sampling)
-    return matches(dataset, images, captions)
+    return match_shares(dataset, images, captions)
 
 
-def matches(dataset, images, captions):
-    """Shares of images that match their captions, by attribute."""
-    found = dataset.recognise(images)
+def match_shares(dataset: Shapes, images: Tensor, captions: Iterable[str]) -> dict[str, float]:
+    """Return {attribute: share of images that match their caption}, and "all" for all four."""
     hits = [
-        [saw == asked for saw, asked in zip(seen, parse(caption), strict=True)]
-        for seen, caption in zip(found, captions, strict=True)
+        [word == expected for word, expected in zip(words, parse(caption), strict=True)]
+        for words, caption in zip(dataset.recognise(images), captions, strict=True)
     ]
     shares = {name: sum(h[i] for h in hits) / len(hits) for i, name in enumerate(ATTRIBUTES)}
     shares["all"] = sum(map(all, hits)) / len(hits)
     return shares
 
 
-def by_chance():
-    """The shares of a model that guesses."""
-    shares = {name: 1 / len(values) for name, values in ATTRIBUTES.items()}
-    everything = 1.0
-    for share in shares.values():
-        everything *= share
-    return {**shares, "all": everything}
+def chance_shares() -> dict[str, float]:
+    """Return the expected shares of a model that ignores its captions."""
+    shares = {name: 1 / len(list(values)) for name, values in ATTRIBUTES.items()}
+    return {**shares, "all": math.prod(shares.values())}

@@ -1,66 +1,82 @@
-"""Images from a model: one noise an image, a grid in a file, and beside it how it was made."""
+"""Samples of a model, each from its own noise, and their grid in a PNG file."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
+from torch import Tensor
 
+from model.data import Dataset
 from model.nn import flow
+from model.nn.dit import DiT
 from model.nn.precision import autocast
+
+MOST_COLUMNS = 8  # of a grid
+GRID_PIXELS = 512  # width to which small grids are enlarged
 
 
 def sample_images(
-    model, dataset, captions, seeds, *, steps=25, guidance=2.0, method="euler", batch=16,
-    progress=None,
-):  # fmt: skip
-    """Samples (n, C, size, size) float32 of captions, image i from seeds[i] alone.
+    model: DiT,
+    dataset: Dataset,
+    captions: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int = 25,
+    guidance: float = 2.0,
+    method: str = "euler",
+    batch: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Return samples (n, C, size, size) float32 of captions; image i depends only on seeds[i].
 
-    steps     of the integration; Heun evaluates the model twice a step
+    steps     integration steps; with method "heun" each evaluates the model twice
     guidance  scale of classifier-free guidance; 1: none
-    progress  called with how many integration steps of how many are done
+    progress  called with the number of integration steps taken and their total
     """
-    config, seeds = model.config, list(seeds)
-    weight = model.final_proj.weight
+    config, weight = model.config, model.final_proj.weight
+    shape = (config.channels, config.size, config.size)
     text = dataset.embed(captions)
-    done, total = 0, steps * -(-len(seeds) // batch)
+    total = steps * -(-len(seeds) // batch)
     images = []
-    for i in range(0, len(seeds), batch):
-        shape = (config.channels, config.size, config.size)
+    for number, i in enumerate(range(0, len(seeds), batch)):
         z = flow.initial_noise(seeds[i : i + batch], shape).to(weight.device)
         part = text[i : i + batch].to(weight.device)
-        v = flow.guided(_in_dtype(model, weight.dtype), part, dataset.empty, guidance)
+        v = flow.guided_velocity(_in_dtype(model, weight.dtype), part, dataset.empty, guidance)
 
-        def count(step, of, before=done):
+        def count(step: int, _: int, before: int = number * steps) -> None:
             if progress:
                 progress(before + step, total)
 
         with autocast(config, weight.device):
             images.append(flow.integrate(v, z, steps, config.time_shift, method, count).cpu())
-        done += steps
     return torch.cat(images)
 
 
-def save_grid(images, captions, path, dataset, scale=None, **metadata):
-    """A PNG of images in rows of eight, and PATH.json with the captions and how they were made."""
-    from PIL import Image
-
-    pixels, kind = dataset.to_rgb(images)
+def save_grid(
+    images: Tensor, captions: Sequence[str], path: str | Path, dataset: Dataset, **metadata: Any
+) -> None:
+    """Write a PNG of images in rows of eight, and a JSON file with their captions and metadata."""
+    pixels, conversion = dataset.to_rgb(images)
     n, _, height, width = pixels.shape
-    columns = min(n, 8)
+    columns = min(n, MOST_COLUMNS)
     rows = -(-n // columns)
-    grid = torch.ones(rows * columns, 3, height + 2, width + 2)
+    grid = torch.ones(rows * columns, 3, height + 2, width + 2)  # a border of one pixel
     grid[:n, :, 1:-1, 1:-1] = pixels.float()
     grid = grid.view(rows, columns, 3, height + 2, width + 2).permute(0, 3, 1, 4, 2)
     grid = (grid.reshape(rows * (height + 2), columns * (width + 2), 3) * 255).round().byte()
-    scale = scale or max(1, 512 // (columns * width))
+    scale = max(1, GRID_PIXELS // (columns * width))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(grid.numpy())
-    image.resize((image.width * scale, image.height * scale), Image.NEAREST).save(path)
-    record = {"pixels": kind, "columns": columns, "captions": list(captions), **metadata}
+    size = image.width * scale, image.height * scale
+    image.resize(size, Image.Resampling.NEAREST).save(path)
+    record = {"pixels": conversion, "columns": columns, "captions": list(captions), **metadata}
     path.with_suffix(".json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
-def _in_dtype(model, dtype):
-    """The model on inputs of its parameters' dtype."""
+def _in_dtype(model: DiT, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the model as a function that converts its inputs to a dtype."""
     return lambda z, text: model(z.to(dtype), text.to(dtype))

@@ -1,20 +1,22 @@
-"""The paper's single-stream Diffusion Transformer, on mvsplit_ops.
+"""Single-stream Diffusion Transformer of arXiv 2605.06169, built on mvsplit_ops.
 
     tokens  [image ; text], plain multi-head attention over both, no mask, no modulation
-    time    not an input: the model reads t from the noise in its latents
+    time    not an input: the model infers t from the noise in its latents
     block   x = N(x, Attention(x));  x = N(x, SwiGLU(x)),  N a merge with RMSNorm
-    heads   RoPE of the image's rows and columns, then QK-Norm, both without weights
+    heads   RoPE over the image's rows and columns, then QK-Norm, both without weights
 
-Shapes: B batch, T tokens, D width, H heads, Dh head width, F SwiGLU width, C channels. The names of
-parameters are those of the published 1000-block checkpoint, which loads strictly. arXiv 2605.06169.
+Shapes: B batch, T tokens, D width, H heads, Dh head width, F SwiGLU width, C channels. The
+parameters have the names of the published 1000-block checkpoint, which loads with strict=True.
 """
 
 import functools
 import math
 import re
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -23,19 +25,39 @@ from torch.utils.checkpoint import (
 )
 
 import mvsplit_ops as mv
-from model.config import recomputed_blocks
+from model.config import Config, recomputed_blocks
 from model.nn.precision import in_precision
+from model.nn.residual import Merge, PlainMerge, make_merges
 
-MERGE_EPS = 1e-5  # of the RMSNorm of a merge, and of the norms of the inputs
+INPUT_EPS = 1e-5  # of the RMSNorm of the inputs
 QK_EPS = 1e-6
 ROPE_BASE = 10_000
 NORMAL_STD = 0.02  # of writer_init "normal"; not stated in the paper
 
 
-def rope_tables(rows, columns, text_tokens, head_dim, device=None):
-    """cos and sin (T, Dh/2), float32: Dh/4 frequencies for rows, then columns; text is not turned.
+class BlockProbe(Protocol):
+    """Measurements of a block (model.stability.taps). Each method returns its first argument."""
 
-    Frequencies base^(-4 i / Dh), positions from (0, 0). The model rotates by minus the angle.
+    def attention(self, q: Tensor, k: Tensor, x: Tensor, segments: tuple[int, int]) -> Tensor: ...
+
+    def writer(
+        self, f: Tensor, name: str, h: Tensor, x: Tensor, segments: tuple[int, int]
+    ) -> Tensor: ...
+
+    def trunk(self, y: Tensor, segments: tuple[int, int]) -> Tensor: ...
+
+
+def rope_tables(
+    rows: int,
+    columns: int,
+    text_tokens: int,
+    head_dim: int,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return cos and sin (T, Dh/2), float32: Dh/4 frequencies for rows, then Dh/4 for columns.
+
+    Frequencies are base^(-4 i / Dh), positions start at (0, 0), and text is not rotated. The model
+    rotates by minus the angle.
     """
     n = head_dim // 4
     frequency = ROPE_BASE ** (-torch.arange(n, dtype=torch.float64, device=device) / n)
@@ -47,56 +69,27 @@ def rope_tables(rows, columns, text_tokens, head_dim, device=None):
     return angles.cos().float(), angles.sin().float()
 
 
-class PlainMerge(nn.Module):
-    """RMSNorm(x + scale f): Post-Norm (no scale), LayerScale (D,), ReZero (a scalar)."""
-
-    def __init__(self, shape=None, init_scale=1.0):
-        super().__init__()
-        self.init_scale = init_scale
-        self.scale = None if shape is None else nn.Parameter(torch.empty(shape))
-
-    def reset_parameters(self):
-        if self.scale is not None:
-            nn.init.constant_(self.scale, self.init_scale)
-
-    def forward(self, x, f, segments, jx=None, carry=False):
-        y = mv.residual_rmsnorm(x, f, self.scale, eps=MERGE_EPS)
-        return (y, None) if carry else y
-
-
-def make_merges(config):
-    """The merges after attention and after the SwiGLU, by config.residual.
-
-    Two are the paper's negative controls. hard_center holds MV-Split's gains at alpha 0 and beta 1:
-    no update ever moves the token mean. attention_only has MV-Split after attention and a plain
-    residual after the SwiGLU. Both are our reading of their names.
-    """
-
-    def mvsplit(alpha=config.init_alpha, beta=config.init_beta):
-        return mv.MVSplitRMSNorm(config.dim, init_alpha=alpha, init_beta=beta, eps=MERGE_EPS)
-
-    makers = {
-        "post": [PlainMerge] * 2,
-        "layerscale": [lambda: PlainMerge((config.dim,), config.init_scale)] * 2,
-        "rezero": [lambda: PlainMerge((), 0.0)] * 2,
-        "mvsplit": [mvsplit] * 2,
-        "hard_center": [lambda: mvsplit(0.0, 1.0).requires_grad_(False)] * 2,
-        "attention_only": [mvsplit, PlainMerge],
-    }
-    return [make() for make in makers[config.residual]]
-
-
 class Attention(nn.Module):
-    def __init__(self, dim, heads):
+    """Multi-head attention with RoPE and QK-Norm, without its output projection `proj`."""
+
+    def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        for name in ("q_proj", "k_proj", "v_proj", "proj"):
-            setattr(self, name, nn.Linear(dim, dim, bias=False))
+        self.q_proj = nn.Linear(dim, dim, bias=False)
+        self.k_proj = nn.Linear(dim, dim, bias=False)
+        self.v_proj = nn.Linear(dim, dim, bias=False)
+        self.proj = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x, cos, sin, tap=None):
-        """The heads' outputs (B T, D), which `proj` writes to the trunk. tap(q, k) stands for q."""
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        tap: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Return the heads' outputs (B T, D), the input of `proj`. tap(q, k) replaces q."""
         B, T, D = x.shape
-        rows = x.view(B * T, D)  # a matrix: seven products a block save two views each
+        rows = x.view(B * T, D)  # a matrix, which saves two views in each of seven products
         q, k, v = (
             proj(rows).view(B, T, self.heads, -1)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -109,41 +102,46 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    def __init__(self, dim, hidden):
+    """Gated feed-forward layer, without its output projection `w2`."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.w13 = nn.Linear(dim, 2 * hidden, bias=False)  # gate rows first
         self.w2 = nn.Linear(hidden, dim, bias=False)
 
-    def forward(self, x):
-        """silu(gate) * value (B T, F), which `w2` writes to the trunk."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Return silu(gate) * value (B T, F), the input of `w2`."""
         return mv.swiglu(self.w13(x.view(-1, x.shape[2])))
 
 
 class Block(nn.Module):
     """Attention and SwiGLU, each merged into the trunk.
 
-    The merges have the published checkpoint's name whatever the residual. `probe`, where it is set,
-    sees queries and keys, what every writer reads and writes, and the block's result (model.taps).
+    The merges have the name of the published checkpoint for every residual. If `probe` is set, it
+    receives queries and keys, the input and output of each writer, and the result of the block.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: Config) -> None:
         super().__init__()
         self.operator = Attention(config.dim, config.heads)
         self.ffn = SwiGLU(config.dim, config.ffn)
         self.fused_mvsplit_norm1, self.fused_mvsplit_norm2 = make_merges(config)
         self.carry = config.carry_mean
-        self.probe = None
+        self.probe: BlockProbe | None = None
 
     @property
-    def writers(self):
+    def writers(self) -> dict[str, nn.Linear]:
+        """The projections that write to the trunk, W_O and W_2."""
         return {"attention": self.operator.proj, "ffn": self.ffn.w2}
 
     @property
-    def merges(self):
+    def merges(self) -> dict[str, Merge]:
         return {"attention": self.fused_mvsplit_norm1, "ffn": self.fused_mvsplit_norm2}
 
-    def forward(self, x, jx, cos, sin, segments):
-        """x (B, T, D) and jx, its segment means or None -> the next trunk and its means or None."""
+    def forward(
+        self, x: Tensor, jx: Tensor | None, cos: Tensor, sin: Tensor, segments: tuple[int, int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the next trunk and its means or None, from x (B, T, D) and its means jx."""
         operator, ffn, probe = self.operator, self.ffn, self.probe
         tap = probe and functools.partial(probe.attention, x=x, segments=segments)
         h = operator(x, cos, sin, tap)
@@ -156,7 +154,11 @@ class Block(nn.Module):
             x = probe.trunk(x, segments)
         return x, jx
 
-    def _merge(self, merge, x, jx, name, writer, h, segments):
+    def _merge(
+        self, merge: Merge, x: Tensor, jx: Tensor | None, name: str, writer: nn.Linear, h: Tensor,
+        segments: tuple[int, int],
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Merge the output of a writer, whose input is h, into the trunk."""
         f = writer(h).view_as(x)
         if self.probe is not None:
             f = self.probe.writer(f, name, h, x, segments)
@@ -168,49 +170,56 @@ class Block(nn.Module):
 class InputNorm(nn.Module):
     """RMSNorm of an input; its weight of ones is a buffer, as in the published checkpoint."""
 
-    def __init__(self, dim):
+    weight: Tensor
+
+    def __init__(self, dim: int) -> None:
         super().__init__()
         self.register_buffer("weight", torch.ones(dim))
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
 
-    def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), MERGE_EPS)
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), INPUT_EPS)
 
 
 class PatchEmbed(nn.Module):
-    def __init__(self, channels, patch, dim):
+    """Linear embedding of patches: (B, C, height, width) -> (B, tokens, D)."""
+
+    def __init__(self, channels: int, patch: int, dim: int) -> None:
         super().__init__()
         self.patch_proj = nn.Conv2d(channels, dim, patch, stride=patch)
 
-    def forward(self, x):
-        """(B, C, height, width) -> (B, tokens, D)."""
+    def forward(self, x: Tensor) -> Tensor:
         return self.patch_proj(x).flatten(2).transpose(1, 2)
 
 
 class DiT(nn.Module):
-    """forward(z, text): z (B, C, size, size) at its unknown time, text (B, tokens, text_dim) -> v.
+    """The Diffusion Transformer; `build` creates one with initial weights.
 
-    Built by `build`, which also initialises. Blocks are recomputed in backward as
-    config.checkpointing says.
+    config.checkpointing selects the blocks that are recomputed in backward.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbed(config.channels, config.patch, config.dim)
         self.norm_img_input = InputNorm(config.dim)
         self.norm_text_input = InputNorm(config.dim)
-        if config.text_dim != config.dim:
-            self.context_proj = nn.Linear(config.text_dim, config.dim, bias=False)
-        else:
-            self.context_proj = nn.Identity()
+        self.context_proj = (
+            nn.Linear(config.text_dim, config.dim, bias=False)
+            if config.text_dim != config.dim
+            else nn.Identity()
+        )
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_proj = nn.Linear(config.dim, config.patch**2 * config.channels)
-        self.register_load_state_dict_pre_hook(_drop_weights_of_ones)
+        self.register_load_state_dict_pre_hook(_before_load)
 
-    def forward(self, z, text):
+    def forward(self, z: Tensor, text: Tensor) -> Tensor:
+        """Return the velocity v (B, C, size, size) of z (B, C, size, size) at an unknown time.
+
+        text  embeddings (B, tokens, text_dim) of the captions
+        """
         config, (B, C, height, width) = self.config, z.shape
         rows, columns = height // config.patch, width // config.patch
         image = self.norm_img_input(self.patch_embed(z))
@@ -219,39 +228,41 @@ class DiT(nn.Module):
         segments = (rows * columns, text.shape[1])
         cos, sin = rope_tables(rows, columns, text.shape[1], config.head_dim, z.device)
         recompute = recomputed_blocks(config.checkpointing, len(self.blocks))
-        for block, again in zip(self.blocks, recompute, strict=True):
-            run = self._recomputing(block) if again and torch.is_grad_enabled() else block
+        for block, recomputed in zip(self.blocks, recompute, strict=True):
+            run = self._checkpointed(block) if recomputed and torch.is_grad_enabled() else block
             x, jx = run(x, jx, cos, sin, segments)
         v = self.final_proj(x[:, : segments[0]])
         v = v.view(B, rows, columns, config.patch, config.patch, C)
         return v.permute(0, 5, 1, 3, 2, 4).reshape(B, C, height, width)
 
-    def _recomputing(self, block):
-        options = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random
+    def _checkpointed(self, block: nn.Module) -> Callable[..., Any]:
+        """Return a function that calls a block and recomputes it in backward."""
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if self.config.checkpointing == "selective":
             options["context_fn"] = functools.partial(
                 create_selective_checkpoint_contexts, keep_matrix_products
             )
         return functools.partial(checkpoint, block, **options)
 
-    def init_weights(self, generator=None):
-        """PyTorch's default for every layer, config.writer_init for the writers W_O and W_2."""
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Initialise layers with PyTorch's default, and W_O and W_2 by config.writer_init."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 bound = 1 / math.sqrt(module.weight[0].numel())
                 for t in module.parameters():
                     nn.init.uniform_(t, -bound, bound, generator=generator)
-            elif hasattr(module, "reset_parameters"):
+            elif isinstance(module, (InputNorm, PlainMerge, mv.MVSplitRMSNorm)):
                 module.reset_parameters()
-        for writer in (w for block in self.blocks for w in block.writers.values()):
+        blocks = cast("list[Block]", self.blocks)
+        for writer in (w for block in blocks for w in block.writers.values()):
             if self.config.writer_init == "zero":
                 nn.init.zeros_(writer.weight)
             elif self.config.writer_init == "normal":
                 nn.init.normal_(writer.weight, std=NORMAL_STD, generator=generator)
 
 
-def build(config, device="cpu"):
-    """A DiT on a device, its weights drawn from config.seed; on "meta" nothing is allocated."""
+def build(config: Config, device: torch.device | str = "cpu") -> DiT:
+    """Return a DiT on a device, with weights drawn from config.seed; "meta" allocates nothing."""
     with torch.device("meta"):
         model = in_precision(DiT(config), config)
     if str(device) != "meta":
@@ -260,7 +271,7 @@ def build(config, device="cpu"):
     return model
 
 
-# The matrix products and attention: what "selective" keeps. All else is cheap to compute again.
+# Results that checkpointing="selective" keeps; the others are cheap to recompute.
 _MATRIX_PRODUCTS = frozenset(
     getattr(torch.ops.aten, name).default
     for name in (
@@ -270,33 +281,33 @@ _MATRIX_PRODUCTS = frozenset(
 )
 
 
-def keep_matrix_products(ctx, op, *args, **kwargs):
-    """The policy of selective checkpointing."""
+def keep_matrix_products(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Return the policy of selective checkpointing for a call of an operator."""
     if op in _MATRIX_PRODUCTS:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-# Norm weights of the published eager code that its kernels, like ours, lack; ones by construction.
+# Norm weights, always ones, that the published eager code has and its kernels and ours lack.
 _WEIGHTS_OF_ONES = re.compile(
     r"blocks\.\d+\.(operator\.qk_norm\.(query|key)_norm|fused_mvsplit_norm[12])\.weight$"
 )
 
 
-def without_weights_of_ones(state):
-    """A state dict in the layout of the published eager code, without its norm weights of ones."""
-    kept = {}
+def drop_weights_of_ones(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict without the norm weights of ones of the published eager code."""
+    own = {}
     for name, t in state.items():
         if not _WEIGHTS_OF_ONES.search(name):
-            kept[name] = t
+            own[name] = t
         elif not bool((t == 1).all()):
             raise RuntimeError(
                 f"{name} must be ones, as in the published checkpoint: merges and QK-Norm have no "
                 "weight here"
             )
-    return kept
+    return own
 
 
-def _drop_weights_of_ones(module, state, prefix, *unused):
-    for name in state.keys() - without_weights_of_ones(state).keys():
+def _before_load(module: nn.Module, state: dict[str, Any], prefix: str, *unused: Any) -> None:
+    for name in state.keys() - drop_weights_of_ones(state).keys():
         del state[name]

@@ -1,11 +1,20 @@
-"""The precision of the parameters and of the forward pass, as config.precision names it."""
+"""Precision of the parameters and of the forward pass, by config.precision."""
+
+from typing import TypeVar
 
 import torch
 from torch import nn
 
+from model.config import Config
 
-def in_precision(model, config):
-    """With precision bf16: matrices and biases bfloat16, the gains of merges float32."""
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def in_precision(model: Module, config: Config) -> Module:
+    """Convert a model in place: with bf16, linear and convolution layers become bfloat16.
+
+    The gains of merges remain float32.
+    """
     if config.precision == "bf16":
         for module in model.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -14,7 +23,7 @@ def in_precision(model, config):
     return model
 
 
-def autocast(config, device):
-    """The precision of a forward pass, a context."""
+def autocast(config: Config, device: str | torch.device) -> torch.autocast:
+    """Return the context for a forward pass: bfloat16 autocast with precision bf16-autocast."""
     enabled = config.precision == "bf16-autocast"
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)

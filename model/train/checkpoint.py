@@ -1,10 +1,11 @@
-"""Checkpoints that a kill at any moment leaves whole.
+"""Checkpoints of a run; a kill at any moment leaves the newest one complete.
 
     RUN/checkpoints/step-00000010/   meta.json, model-*.safetensors, adamw-*, average-*, guard.json
-    RUN/checkpoints/latest           the name of the newest whole one
+    RUN/checkpoints/latest           name of the newest complete checkpoint
 
-Everything is written to a folder with another name, synchronised and renamed; `latest` follows, and
-only then do old ones go. meta.json holds every file's size, the configuration and the data.
+A checkpoint is written to a folder with another name, synchronised and renamed. Then `latest` is
+updated, and only then are old checkpoints deleted. meta.json has the size of every file, the
+configuration and the fingerprint of the data.
 """
 
 import dataclasses
@@ -13,165 +14,209 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from model import config as configuration
-from model.config import FREE_ON_BRANCH, FREE_ON_RESUME, UsageError
-from model.nn.dit import build, without_weights_of_ones
+from model.config import FREE_ON_BRANCH, FREE_ON_RESUME, Config, UsageError
+from model.nn.dit import DiT, build, drop_weights_of_ones
+from model.stability.response import Unguarded
+from model.train.optim import Average
 
-FORMAT = "mvsplit-checkpoint-1"
-SHARD_BYTES = 4 << 30  # of a file; what is copied from the device at a time
+CHECKPOINT_FORMAT = "mvsplit-checkpoint-1"
+SHARD_BYTES = 4 << 30  # maximum size of a file, and of a copy from the device
 LATEST = "latest"
 GUARD = "guard.json"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # names of AdamW's moments
 
 
-def save(run, step, config, fingerprint, model, optimizer=None, average=None, guard=None):
-    """Write RUN/checkpoints/step-N of the state after `step` updates; returns the folder."""
+@dataclass
+class TrainingState:
+    """The tensors of a run and what describes them. Imported weights have no data or optimizer."""
+
+    config: Config
+    fingerprint: str | None  # of the data
+    model: DiT
+    optimizer: torch.optim.Optimizer | None = None
+    average: Average | None = None
+
+
+@dataclass(frozen=True)
+class CheckpointMeta:
+    """The part of meta.json that is read back."""
+
+    step: int
+    config: Config
+    data: str | None  # fingerprint
+    commit: str | None  # git revision of the code
+    updates: int  # of AdamW; fewer than steps if some were skipped
+
+
+def save(run: str | Path, step: int, state: TrainingState, guard: Unguarded | None = None) -> Path:
+    """Write RUN/checkpoints/step-N with the state after N steps; return the folder."""
     folder = Path(run) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".*"):  # of a run that was killed
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
-    final, partial = folder / name_of(step), folder / f".{name_of(step)}"
+    for leftover in folder.glob(".*"):  # of a killed run
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    final, partial = folder / checkpoint_name(step), folder / f".{checkpoint_name(step)}"
     partial.mkdir()
-    parts = {"model": model.state_dict()}
-    if optimizer is not None:
-        parts["adamw"] = moments(model, optimizer)
-    if average is not None and average.tensors:
-        parts["average"] = average.tensors
     files = {}
-    for part, tensors in parts.items():
-        for path in _write(partial, part, tensors):
+    for part, tensors in _parts(state).items():
+        for path in _write_shards(partial, part, tensors):
             files[path.name] = path.stat().st_size
-    watched = guard.saving(step, name_of(step)) if guard else None
-    if watched:
-        _write_text(partial / GUARD, json.dumps(watched))
+    guard_state = guard.on_save(step, final.name) if guard else None
+    if guard_state:
+        _write_text(partial / GUARD, json.dumps(guard_state))
         files[GUARD] = (partial / GUARD).stat().st_size
     meta = {
-        "format": FORMAT, "step": step, "config": dataclasses.asdict(config),
-        "config_hash": config.hash, "data": fingerprint, "commit": commit(),
-        "torch": torch.__version__, "updates": _updates(optimizer), "files": files,
+        "format": CHECKPOINT_FORMAT, "step": step, "config": dataclasses.asdict(state.config),
+        "config_hash": state.config.hash, "data": state.fingerprint, "commit": read_commit(),
+        "torch": torch.__version__, "updates": _count_updates(state.optimizer), "files": files,
     }  # fmt: skip
     _write_text(partial / "meta.json", json.dumps(meta, indent=1) + "\n")
     _sync(partial)
-    if final.exists():  # never the one that `latest` names: an older run's, or a killed one's
+    if final.exists():  # from an earlier attempt; never the one that `latest` names
         shutil.rmtree(final)
     os.rename(partial, final)
     point_to(final)
-    _prune(folder, final, config.keep, guard.good if guard else None)
+    _prune(folder, final, state.config.keep, guard.last_good_checkpoint if guard else None)
     return final
 
 
-def point_to(checkpoint):
-    """Make a checkpoint the one that its run stands at."""
+def _parts(state: TrainingState) -> dict[str, Mapping[str, Tensor]]:
+    parts: dict[str, Mapping[str, Tensor]] = {"model": state.model.state_dict()}
+    if state.optimizer is not None:
+        parts["adamw"] = _moments(state.model, state.optimizer)
+    if state.average is not None and state.average.tensors:
+        parts["average"] = state.average.tensors
+    return parts
+
+
+def point_to(checkpoint: Path) -> None:
+    """Make a checkpoint the one from which its run resumes."""
     folder = checkpoint.parent
     _write_text(folder / f".{LATEST}", checkpoint.name + "\n")
     os.replace(folder / f".{LATEST}", folder / LATEST)
     _sync(folder)
 
 
-def find(path):
-    """The checkpoint folder that a path names: itself, or the newest one of a run."""
+def find(path: str | Path) -> Path:
+    """Return the checkpoint folder that a path names: itself, or the newest one of a run."""
     path = Path(path)
     if (path / "meta.json").is_file():
         return path
     pointer = path / "checkpoints" / LATEST
     if not pointer.is_file():
         raise UsageError(f"{path} is neither a run with a checkpoint nor a checkpoint")
-    return pointer.parent / _pointed_to(pointer)
+    return pointer.parent / _read_pointer(pointer)
 
 
-def newest_step(run):
-    """The step of a run's newest checkpoint, or None."""
+def newest_step(run: str | Path) -> int | None:
+    """Return the step of the newest checkpoint of a run, or None."""
     pointer = Path(run) / "checkpoints" / LATEST
-    return step_of(Path(_pointed_to(pointer))) if pointer.is_file() else None
+    return int(_read_pointer(pointer).split("-")[1]) if pointer.is_file() else None
 
 
-def _pointed_to(pointer):
+def _read_pointer(pointer: Path) -> str:
     name = pointer.read_text().strip()
     if not re.fullmatch(r"step-\d+", name):
         raise UsageError(
-            f"{pointer} must name a checkpoint beside it, got {name!r}{_another(pointer)}"
+            f"{pointer} must name a checkpoint in the same folder, got {name!r}"
+            f"{_alternatives(pointer)}"
         )
     return name
 
 
-def step_of(checkpoint):
-    """The step of a checkpoint folder, by its name."""
-    return int(checkpoint.name.split("-")[1])
-
-
-def read_guard(checkpoint):
-    """What the guard left in a checkpoint, or None."""
+def read_guard(checkpoint: Path) -> dict[str, Any] | None:
+    """Return the state of the guard in a checkpoint, or None."""
     path = checkpoint / GUARD
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def read_meta(folder):
-    """meta.json of a checkpoint whose files are all there, whole."""
+def read_meta(folder: Path) -> CheckpointMeta:
+    """Return the metadata of a checkpoint; UsageError if a file is missing or incomplete."""
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        sizes = meta["files"]
-        meta["config"] = configuration.from_dict(meta["config"])
+        values = json.loads((folder / "meta.json").read_text())
+        sizes = values["files"]
+        meta = CheckpointMeta(
+            step=values["step"], config=configuration.from_dict(values["config"]),
+            data=values["data"], commit=values["commit"], updates=values["updates"],
+        )  # fmt: skip
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise UsageError(
-            f"{folder}: no checkpoint, its meta.json cannot be read: {error}"
+            f"{folder} is not a checkpoint: its meta.json cannot be read: {error}"
         ) from error
     for name, size in sizes.items():
-        found = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if found != size:
+        actual = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if actual != size:
+            got = "no such file" if actual is None else f"{actual} bytes"
             raise UsageError(
-                f"{folder / name}: expected {size} bytes, got {found or 'no such file'}; "
-                f"the checkpoint is damaged{_another(folder)}"
+                f"{folder / name}: expected {size} bytes, got {got}; the checkpoint is damaged"
+                f"{_alternatives(folder)}"
             )
     return meta
 
 
-def open_run(path, device="cpu", part="model", **overrides):
-    """The model of a run or checkpoint, its configuration with overrides, and its folder."""
+def open_run(
+    path: str | Path, device: str = "cpu", part: str = "model", **overrides: Any
+) -> tuple[DiT, CheckpointMeta, Path]:
+    """Return the model of a run or checkpoint, with overrides, its metadata and its folder.
+
+    part   model, or average for the averaged weights
+    """
     folder = find(path)
     meta = read_meta(folder)
-    config = dataclasses.replace(meta["config"], **overrides)
-    model = build(config, device)
+    model = build(dataclasses.replace(meta.config, **overrides), device)
     load_model(folder, model, part)
     return model, meta, folder
 
 
-def load_model(folder, model, part="model"):
-    """Strictly: every parameter and buffer, nothing else, in its shape. part: model or average."""
-    tensors = _read(folder, part)
+def load_model(folder: Path, model: DiT, part: str = "model") -> None:
+    """Load all parameters and buffers from a checkpoint; part: model or average."""
+    tensors = _read_shards(folder, part)
     if part == "average":
         tensors = {**model.state_dict(), **tensors}
     load_strictly(model, tensors, folder)
 
 
-def load_strictly(model, tensors, source):
-    """model.load_state_dict, whose complaint is one sentence."""
+def load_strictly(model: DiT, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Load a state dict; UsageError if a tensor is missing, unknown or of another shape."""
     own = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     try:
-        tensors = without_weights_of_ones(tensors)
+        tensors = drop_weights_of_ones(tensors)
     except RuntimeError as error:
         raise UsageError(f"{source}: {error}") from error
     try:
         model.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        given = {name: tuple(t.shape) for name, t in tensors.items()}
-        wrong = [f"{n} is {given[n]}, not {own[n]}" for n in own if given.get(n, own[n]) != own[n]]
-        missing = [f"{n} is missing" for n in own if n not in given]
-        extra = [f"{n} is not of this model" for n in given if n not in own]
-        found = wrong + missing + extra
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+        common = own.keys() & shapes.keys()
+        faults = [
+            f"{n} is {shapes[n]}, not {own[n]}" for n in own if n in common and shapes[n] != own[n]
+        ]
+        faults += [f"{n} is missing" for n in own if n not in common]
+        faults += [f"{n} is not part of this model" for n in shapes if n not in common]
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise UsageError(
             f"{source} does not fit the model ({model.config.residual}, depth "
-            f"{model.config.depth}, width {model.config.dim}): {'; '.join(found[:3])}{more}"
+            f"{model.config.depth}, width {model.config.dim}): {'; '.join(faults[:3])}{more}"
         ) from error
 
 
-def restore(folder, config, fingerprint, model, optimizer, average, free=FREE_ON_RESUME):
-    """Put a run back to a checkpoint; returns its step. Configurations may differ in `free`."""
-    meta = read_meta(folder)
-    changed = configuration.differences(meta["config"], config, but=free)
+def restore(folder: Path, state: TrainingState, free: Collection[str] = FREE_ON_RESUME) -> int:
+    """Load a checkpoint into the state of a run; return its step.
+
+    free   the fields in which the configurations may differ
+    """
+    meta, model = read_meta(folder), state.model
+    changed = configuration.differences(meta.config, state.config, ignored=free)
     if changed:
         name, (then, now) = next(iter(changed.items()))
         raise UsageError(
@@ -179,49 +224,64 @@ def restore(folder, config, fingerprint, model, optimizer, average, free=FREE_ON
             f"resume with its configuration, or start a new run with another --out, which may "
             f"change {', '.join(sorted(FREE_ON_BRANCH - FREE_ON_RESUME))}"
         )
-    if meta["data"] not in (fingerprint, None):  # an imported model has seen none
-        raise UsageError(f"{folder} was trained on {meta['data']}; the data now are {fingerprint}")
+    if meta.data not in (state.fingerprint, None):  # None: imported weights
+        raise UsageError(
+            f"{folder} was trained on {meta.data}, the present data are {state.fingerprint}; pass "
+            "its data with --set data_path=FOLDER"
+        )
     load_model(folder, model)
-    if meta["updates"]:  # an imported model has none
-        _restore_moments(model, optimizer, _read(folder, "adamw"), meta["updates"], folder)
-    average.restart()  # an imported model has none
-    if average.tensors and meta["updates"]:
-        for name, tensor in _read(folder, "average").items():
-            average.tensors[name].copy_(tensor)
-    return meta["step"]
+    if meta.updates and state.optimizer is not None:  # imported weights have no updates
+        moments = _read_shards(folder, "adamw")
+        _restore_moments(model, state.optimizer, moments, meta.updates, folder)
+    if state.average is not None:
+        state.average.restart()  # imported weights have no average
+        if state.average.tensors and meta.updates:
+            for name, tensor in _read_shards(folder, "average").items():
+                state.average.tensors[name].copy_(tensor)
+    return meta.step
 
 
-def moments(model, optimizer):
-    """AdamW's state by the names of parameters."""
+def _moments(model: DiT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the moments of AdamW by the names of the parameters."""
     return {
         f"{name}.{key}": optimizer.state[p][key]
         for name, p in model.named_parameters()
         if p in optimizer.state
-        for key in ("exp_avg", "exp_avg_sq")
+        for key in MOMENTS
     }
 
 
-def _updates(optimizer):
-    """How many updates AdamW has taken: fewer than steps where some were skipped."""
+def _count_updates(optimizer: torch.optim.Optimizer | None) -> int:
     states = optimizer.state.values() if optimizer is not None else ()
     return next((int(state["step"]) for state in states), 0)
 
 
-def _restore_moments(model, optimizer, tensors, updates, folder):
+def _restore_moments(
+    model: DiT,
+    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, Tensor],
+    updates: int,
+    folder: Path,
+) -> None:
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        state = {key: tensors.pop(f"{name}.{key}", None) for key in ("exp_avg", "exp_avg_sq")}
-        if any(t is None or t.shape != p.shape for t in state.values()):
+        state = {key: tensors.pop(f"{name}.{key}", None) for key in MOMENTS}
+        moments = {
+            key: t.to(p.device, p.dtype)
+            for key, t in state.items()
+            if t is not None and t.shape == p.shape
+        }
+        if len(moments) < len(MOMENTS):
             raise UsageError(f"{folder}: the moments of {name} are missing or of another shape")
-        optimizer.state[p] = {key: t.to(p.device, p.dtype) for key, t in state.items()}
-        optimizer.state[p]["step"] = torch.tensor(float(updates), device=p.device)
+        step = torch.tensor(float(updates), device=p.device)
+        optimizer.state[p] = {**moments, "step": step}
     if tensors:
         raise UsageError(f"{folder}: moments of unknown parameters: {', '.join(list(tensors)[:3])}")
 
 
-def commit():
-    """The git revision of this code, or None outside a checkout."""
+def read_commit() -> str | None:
+    """Return the git revision of this code, or None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
@@ -229,13 +289,14 @@ def commit():
         return None
 
 
-def name_of(step):
+def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _write(folder, part, tensors):
-    """Safetensors files of at most SHARD_BYTES (or one tensor) each; returns their paths."""
-    shards, room = [{}], SHARD_BYTES
+def _write_shards(folder: Path, part: str, tensors: Mapping[str, Tensor]) -> list[Path]:
+    """Write files of at most SHARD_BYTES, or of one tensor; return their paths."""
+    shards: list[dict[str, Tensor]] = [{}]
+    room = SHARD_BYTES
     for name, t in tensors.items():
         if t.nbytes > room and shards[-1]:
             shards.append({})
@@ -250,40 +311,36 @@ def _write(folder, part, tensors):
     return paths
 
 
-def write_tensors(tensors, path, metadata=None):
-    """A safetensors file; OSError says why it cannot be written."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+def write_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file; OSError if it cannot be written."""
+    contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     try:
-        save_file(tensors, path, metadata=metadata)
+        save_file(contiguous, path, metadata=metadata)
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
 
 
-def _read(folder, part):
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+def _read_shards(folder: Path, part: str) -> dict[str, Tensor]:
     paths = sorted(folder.glob(f"{part}-*.safetensors"))
     if not paths:
         raise UsageError(f"{folder} has no {part} weights")
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for path in paths:
         try:
             tensors.update(load_file(path))
         except (SafetensorError, OSError) as error:
-            raise UsageError(f"{path}: not a whole safetensors file: {error}") from error
+            raise UsageError(f"{path}: not a complete safetensors file: {error}") from error
     return tensors
 
 
-def _write_text(path, text):
+def _write_text(path: Path, text: str) -> None:
     path.write_text(text)
     _sync(path)
 
 
-def _sync(path):
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -291,13 +348,14 @@ def _sync(path):
         os.close(descriptor)
 
 
-def _prune(folder, newest, keep, good):
-    whole = sorted(p for p in folder.glob("step-*") if p.name <= newest.name)
-    for old in whole[:-keep]:
+def _prune(folder: Path, newest: Path, keep: int, good: Path | None) -> None:
+    """Delete old checkpoints, except the newest `keep` and the last good one."""
+    complete = sorted(p for p in folder.glob("step-*") if p.name <= newest.name)
+    for old in complete[:-keep]:
         if old != good:
             shutil.rmtree(old)
 
 
-def _another(folder):
-    others = sorted(p.name for p in folder.parent.glob("step-*") if p != folder)
+def _alternatives(checkpoint: Path) -> str:
+    others = sorted(p.name for p in checkpoint.parent.glob("step-*") if p != checkpoint)
     return f"; resume from another: {', '.join(others)}" if others else ""

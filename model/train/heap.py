@@ -1,30 +1,30 @@
-"""What glibc's heap does with freed memory; nothing happens with another C library."""
+"""Settings of the heap of glibc; other C libraries are left as they are."""
 
 import ctypes
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
-def keep_freed_memory():
-    """Have it reuse freed memory instead of returning it to the system.
+def keep_freed_memory() -> None:
+    """Reuse freed memory instead of returning it to the system.
 
-    A training process has long grown to its size. A short benchmark that allocates and frees a few
-    megabytes at a time would measure page faults: up to half of a call's time, whoever makes it.
+    A training process soon has its final size. A short benchmark that repeatedly allocates and
+    frees a few megabytes would measure page faults instead: up to half of the time of a call.
     """
-    _mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest that glibc takes
+    _mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the maximum of glibc
     _mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
-def return_freed_memory():
-    """Have it map every tensor of 128 KiB or more on its own, and unmap it when it is freed.
+def return_freed_memory() -> None:
+    """Map every tensor of 128 KiB or more separately, and unmap it when it is freed.
 
-    Small gradients that outlive a recomputed block pin the heap's pages: 400 blocks of width 64
-    with three of four recomputed took half as much memory again. Costs some time.
+    Otherwise small gradients that outlive a recomputed block pin the pages of the heap: 400 blocks
+    of width 64, three of four recomputed, needed 50 % more memory. This costs some time.
     """
     _mallopt(_M_MMAP_THRESHOLD, 128 << 10)
 
 
-def _mallopt(parameter, value):
+def _mallopt(parameter: int, value: int) -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(parameter, value)

@@ -1,7 +1,7 @@
-"""The training loop, flat: set up, resume, then draw, step, measure, save.
+"""The training loop: set up, resume, then draw, compute gradients, judge, update, save.
 
-What is random in a step is a function of (seed, step, sample), so a run that is resumed, or whose
-batch is split otherwise, sees the same data, noise, times and dropped captions.
+Random numbers are a function of (seed, step, sample). A resumed run, or one whose batch is split
+differently, therefore sees the same data, noise, times and dropped captions.
 """
 
 import concurrent.futures
@@ -11,119 +11,130 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 import mvsplit_ops as mv
 from model import config as configuration
-from model.config import FREE_ON_BRANCH, FREE_ON_RESUME, UsageError
-from model.data import open_dataset
-from model.nn.dit import build
-from model.stability.response import supervise
+from model.config import FREE_ON_BRANCH, FREE_ON_RESUME, Config, UsageError
+from model.data import Dataset, open_dataset
+from model.evaluate.sample import sample_images, save_grid
+from model.nn.dit import DiT, build
+from model.stability.response import Action, GuardFunction, Unguarded, supervise
+from model.stability.signals import MetricsRow
 from model.stability.taps import Recorder
 from model.stability.trace import read_rows
 from model.train import checkpoint
+from model.train.checkpoint import TrainingState
 from model.train.optim import Average, learning_rate, make_optimizer
-from model.train.step import draw_batch, gradient_norms, gradients, prepare, update
+from model.train.step import (
+    Batch,
+    compute_gradients,
+    draw_batch,
+    gradient_norms,
+    prepare,
+    update,
+)
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+SAMPLES_PER_GRID = 16
+
+OnStep: TypeAlias = Callable[[int, int, MetricsRow | None], None]
 
 
 class Diverged(RuntimeError):
-    """The loss or a gradient is not finite."""
+    """The loss or a gradient is NaN or infinity."""
 
 
-def train(config, folder, resume="auto", guard="off", on_step=None):
-    """Train to config.steps updates in a run folder; returns the last line of its metrics.
+def train(
+    config: Config,
+    folder: str | Path,
+    resume: str = "auto",
+    guard: str | GuardFunction | None = "off",
+    on_step: OnStep = lambda step, steps, metrics: None,
+) -> MetricsRow | None:
+    """Train to config.steps updates in a run folder; return the last line of its metrics.
 
-    resume   auto: go on where the run stands, or begin; never: begin; a path: from that checkpoint
-    guard    off, warn, stop or skip (model.collapse); or a function that is called with each step's
-             metrics before its update and returns go, skip (the update) or stop
-    on_step  called with the step, the number of steps, and the metrics or None
+    resume   auto: resume the run if it exists; never: start from scratch; or a checkpoint's path
+    guard    off, warn, stop or skip (model.stability.response); or a function that is called with
+             the metrics of each step before its update and returns "go", "skip" or "stop"
+    on_step  called with the step, the number of steps, and the metrics if they were written
 
-    Raises Collapsed where the guard stops the run, Diverged where a loss or gradient is not finite.
+    Raises Collapsed if the guard stops the run, Diverged if a loss or gradient is NaN or infinity.
     """
-    device = prepare(config)
-    dataset = open_dataset(config)
-    folder = Path(folder)
-    start_from = _starting_point(config, folder, resume)
+    folder, device, dataset = Path(folder), prepare(config), open_dataset(config)
+    start = _starting_point(config, folder, resume)
     model = build(config, device)
-    optimizer = make_optimizer(model, config)
+    optimizer, average = make_optimizer(model, config), Average(model, config.ema)
     recorder = Recorder(model, optimizer, config.probes, config.log_every)
-    guard = supervise(guard, config, folder, recorder.history)
-    average = Average(model, config.ema)
-    state = config, dataset.fingerprint, model, optimizer, average
-    step, branch = 0, False
-    if start_from is not None:
-        branch = not _is_of(start_from, folder)
-        step = checkpoint.restore(start_from, *state, FREE_ON_BRANCH if branch else FREE_ON_RESUME)
-        guard.restore(start_from, step, checkpoint.read_guard(start_from), branch)
-        if not branch:
-            checkpoint.point_to(start_from)  # also where it is not the newest
-    backend = mv_backend(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1) + "\n")
-    if config.compile:
-        for block in model.blocks:
-            block.compile()
-    loader = _Loader(config, dataset, step)
-
-    with _Metrics(config, folder, step) as log, backend, loader:
+    supervisor = supervise(guard, config, folder, recorder.history)
+    state = TrainingState(config, dataset.fingerprint, model, optimizer, average)
+    step, is_branch = _restore(start, folder, state, supervisor)
+    backend = use_config_backend(config)
+    _begin_run(folder, state)
+    if is_branch:
+        checkpoint.save(folder, step, state, supervisor)  # an interrupted run resumes from here
+    log, loader = _MetricsLog(config, folder, step), _Loader(config, dataset, step)
+    with backend, log, loader:
         save_due = False
-        if branch:
-            checkpoint.save(folder, step, *state, guard)  # what it goes on from if it is broken off
         while step < config.steps:
-            batch = loader.next()
             step += 1
             recorder.begin(step)
-            loss, quarters = gradients(config, model, batch, device)
+            loss, quarters = compute_gradients(config, model, loader.next(), device)
             norms = gradient_norms(optimizer)
             norm = norms.norm()
             recorder.record(step, loss, norms, quarters)
             logged = step % config.log_every == 0 or step == config.steps
-            metrics = recorder.rows()[-1] if logged or guard.reads else None
-            verdict = _verdict(guard, step, metrics, loss, norm)
-            if verdict == "go":
+            metrics = recorder.rows()[-1] if logged or supervisor.needs_metrics else None
+            action = _judge(supervisor, step, metrics, loss, norm)
+            if action == "go":
                 update(config, step - 1, optimizer, norm)
                 average.update()
             else:
                 optimizer.zero_grad(set_to_none=True)
-            written = logged or verdict != "go" or guard.alert
+            written = metrics if logged or action != "go" or supervisor.alert else None
             if written:
-                log.write(metrics, loader.waited())
-            if on_step:
-                on_step(step, config.steps, metrics if written else None)
-            if verdict == "stop":
-                guard.end()
-                return log.last  # the last checkpoint stands: this state is not worth keeping
+                log.write(written, loader.take_wait_seconds())
+            on_step(step, config.steps, written)
+            if action == "stop":
+                supervisor.end()
+                return log.last  # without a checkpoint: this state is not worth keeping
             if config.sample_every and step % config.sample_every == 0:
-                _sample_grid(config, folder, step, model, dataset, average)
+                _save_sample_grid(config, folder, step, model, dataset, average)
             save_due |= config.save_every > 0 and step % config.save_every == 0
-            if save_due and guard.may_save and step < config.steps:
-                checkpoint.save(folder, step, *state, guard)
+            if step == config.steps or (save_due and supervisor.may_save):
+                checkpoint.save(folder, step, state, supervisor)
                 save_due = False
-        if checkpoint.newest_step(folder) != step:
-            checkpoint.save(folder, step, *state, guard)
         return log.last
 
 
-def _verdict(guard, step, metrics, loss, norm):
-    """Of the guard: go, skip or stop. The numbers are on the host already where metrics are."""
-    if metrics:
-        loss, norm = metrics["loss"], metrics["grad_norm"]
+def _judge(
+    supervisor: Unguarded, step: int, metrics: MetricsRow | None, loss: Tensor, norm: Tensor
+) -> Action:
+    """Return the supervisor's action for a step; Diverged if it cannot be skipped."""
+    if metrics:  # these numbers are on the host already
+        loss_value, norm_value = metrics["loss"], metrics["grad_norm"]
     else:
-        loss, norm = torch.stack((loss, norm.to(loss))).tolist()
-    if math.isfinite(loss + norm):
-        return guard(metrics)
-    if guard.not_finite(metrics) == "skip":
+        loss_value, norm_value = torch.stack((loss, norm.to(loss))).tolist()
+    if math.isfinite(loss_value + norm_value):
+        return supervisor(metrics)
+    if supervisor.on_non_finite(metrics) == "skip":
         return "skip"
     raise Diverged(
-        f"step {step}: loss {loss:g}, gradient norm {norm:g}; the update was not taken and the "
-        "last checkpoint stands"
+        f"step {step}: loss {loss_value:g}, gradient norm {norm_value:g}; the update was not "
+        "taken. The last checkpoint is intact: start a new run from it with a lower lr, --resume "
+        "CHECKPOINT --out NEW --set lr=..."
     )
 
 
-def mv_backend(config):
-    """The context in which the operators run on config.backend."""
+def use_config_backend(config: Config) -> contextlib.AbstractContextManager[Any]:
+    """Return the context in which the operators run on config.backend."""
     if not config.backend:
         return contextlib.nullcontext()
     known = mv.backends()
@@ -132,136 +143,170 @@ def mv_backend(config):
     return mv.use_backend(config.backend)
 
 
-def _starting_point(config, folder, resume):
-    """The checkpoint to go on from, or None."""
+def _starting_point(config: Config, folder: Path, resume: str) -> Path | None:
+    """Return the checkpoint to start from, or None."""
+    start: Path | None = None
     has_run = (folder / "config.json").is_file()
+    has_checkpoint = checkpoint.newest_step(folder) is not None
     if resume not in ("auto", "never"):
-        found = checkpoint.find(resume)
-        if checkpoint.newest_step(folder) is not None and not _is_of(found, folder):
+        start = checkpoint.find(resume)
+        if has_checkpoint and not _belongs_to(start, folder):
             raise UsageError(
-                f"{folder} holds checkpoints of its own; resume from one of them, or choose "
-                "another --out"
+                f"{folder} has checkpoints of its own; resume from one of them, or choose another "
+                "--out"
             )
     elif has_run and resume == "never":
-        raise UsageError(f"{folder} holds a run already; choose another --out, or --resume auto")
-    else:
-        found = checkpoint.find(folder) if checkpoint.newest_step(folder) is not None else None
+        raise UsageError(f"{folder} already contains a run; choose another --out, or --resume auto")
+    elif has_checkpoint:
+        start = checkpoint.find(folder)
     if has_run:
-        there = configuration.read(folder / "config.json")
-        changed = configuration.differences(there, config, but=FREE_ON_RESUME)
+        previous = configuration.read(folder / "config.json")
+        changed = configuration.differences(previous, config, ignored=FREE_ON_RESUME)
         if changed:
             name, (then, now) = next(iter(changed.items()))
             raise UsageError(
-                f"{folder} holds a run with {name}={then}, not {now} ({len(changed)} fields "
+                f"{folder} contains a run with {name}={then}, not {now} ({len(changed)} fields "
                 "differ); choose another --out, or pass the same configuration"
             )
-    if found is not None:
-        checkpoint.read_meta(found)
-    return found
+    if start is not None:
+        checkpoint.read_meta(start)  # checks that it is complete
+    return start
 
 
-def _is_of(found, folder):
-    """Is a checkpoint one of the run's in the folder?"""
-    return found.resolve().parent == (folder / "checkpoints").resolve()
+def _belongs_to(start: Path, folder: Path) -> bool:
+    """Return whether a checkpoint is one of the run in a folder."""
+    return start.resolve().parent == (folder / "checkpoints").resolve()
 
 
-def _sample_grid(config, folder, step, model, dataset, average):
-    from model.evaluate.sample import sample_images, save_grid
+def _restore(
+    start: Path | None, folder: Path, state: TrainingState, supervisor: Unguarded
+) -> tuple[int, bool]:
+    """Restore the state from a checkpoint, if any.
 
+    Returns the step, and whether this is a branch: a new run that starts from another run.
+    """
+    if start is None:
+        return 0, False
+    is_branch = not _belongs_to(start, folder)
+    step = checkpoint.restore(start, state, FREE_ON_BRANCH if is_branch else FREE_ON_RESUME)
+    supervisor.restore(start, step, checkpoint.read_guard(start), is_branch)
+    if not is_branch:
+        checkpoint.point_to(start)  # it need not be the newest
+    return step, is_branch
+
+
+def _begin_run(folder: Path, state: TrainingState) -> None:
+    """Write the configuration of a run, and compile its blocks if config.compile is set."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / "config.json", json.dumps(dataclasses.asdict(state.config), indent=1) + "\n")
+    if state.config.compile:
+        for block in state.model.blocks:
+            block.compile()
+
+
+def _save_sample_grid(
+    config: Config, folder: Path, step: int, model: DiT, dataset: Dataset, average: Average
+) -> None:
+    captions = dataset.captions(SAMPLES_PER_GRID)
     with average.applied():
-        captions = dataset.captions(16)
-        images = sample_images(model, dataset, captions, range(16), steps=25, guidance=2.0)
+        images = sample_images(model, dataset, captions, range(SAMPLES_PER_GRID))
     save_grid(images, captions, folder / "samples" / f"step-{step:08d}.png", dataset)
 
 
 class _Loader:
-    """Batches in order, the next one drawn while a step runs; waited() since it was last asked."""
+    """Batches in order; the next one is drawn by a thread while a step runs."""
 
-    def __init__(self, config, dataset, step):
+    def __init__(self, config: Config, dataset: Dataset, step: int) -> None:
         self._draw = lambda step: draw_batch(config, dataset, step)
         self._steps = iter(range(step, config.steps))
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="data")
-        self._seconds = 0.0
+        self._wait_seconds = 0.0
 
-    def __enter__(self):
-        self._ahead()
+    def __enter__(self) -> "_Loader":
+        self._submit_next()
         return self
 
-    def __exit__(self, *unused):
+    def __exit__(self, *unused: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def _ahead(self):
+    def _submit_next(self) -> None:
         step = next(self._steps, None)
-        self._coming = None if step is None else self._pool.submit(self._draw, step)
+        self._pending = None if step is None else self._pool.submit(self._draw, step)
 
-    def next(self):
+    def next(self) -> Batch:
+        assert self._pending is not None
         start = time.perf_counter()
-        batch = self._coming.result()
-        self._seconds += time.perf_counter() - start
-        self._ahead()
+        batch = self._pending.result()
+        self._wait_seconds += time.perf_counter() - start
+        self._submit_next()
         return batch
 
-    def waited(self):
-        seconds, self._seconds = self._seconds, 0.0
+    def take_wait_seconds(self) -> float:
+        """Return the time spent waiting for batches since the last call."""
+        seconds, self._wait_seconds = self._wait_seconds, 0.0
         return seconds
 
 
-class _Metrics:
-    """RUN/metrics.jsonl, a line of strict JSON each time; what is not finite is null."""
+class _MetricsLog:
+    """RUN/metrics.jsonl with one line of strict JSON per step; NaN and infinity become null.
 
-    def __init__(self, config, folder, step):
-        self.config, self.path, self.last = config, folder / "metrics.jsonl", None
-        kept = []
-        if self.path.is_file():  # a run that was killed may have gone on after its checkpoint
-            kept = [row for row in read_rows(self.path) if row["step"] <= step]
-            self.last = kept[-1] if kept else None
-        _replace(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._since, self._at = step, time.perf_counter()
-        self._board = _tensorboard(folder) if config.tensorboard else None
+    last   the last line, or None
+    """
 
-    def __enter__(self):
+    def __init__(self, config: Config, folder: Path, step: int) -> None:
+        self.config, self.path = config, folder / "metrics.jsonl"
+        rows: list[MetricsRow] = []
+        if self.path.is_file():  # a killed run may have written lines after its last checkpoint
+            rows = [row for row in read_rows(self.path) if row["step"] <= step]
+        self.last = rows[-1] if rows else None
+        _replace(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._last_step, self._last_time = step, time.perf_counter()
+        self._board = _open_tensorboard(folder) if config.tensorboard else None
+
+    def __enter__(self) -> "_MetricsLog":
         self._file = self.path.open("a")
         return self
 
-    def __exit__(self, *unused):
+    def __exit__(self, *unused: object) -> None:
         self._file.close()
         if self._board:
             self._board.close()
 
-    def write(self, metrics, waited):
-        now, steps = time.perf_counter(), metrics["step"] - self._since
+    def write(self, metrics: MetricsRow, wait_seconds: float) -> None:
+        now, steps = time.perf_counter(), metrics["step"] - self._last_step
         metrics["lr"] = learning_rate(self.config, metrics["step"] - 1)
-        metrics["seconds_per_step"] = (now - self._at) / steps
-        metrics["data_seconds_per_step"] = waited / steps
+        metrics["seconds_per_step"] = (now - self._last_time) / steps
+        metrics["data_seconds_per_step"] = wait_seconds / steps
         metrics["samples"] = metrics["step"] * self.config.batch
-        self._since, self._at, self.last = metrics["step"], now, metrics
-        self._file.write(json.dumps(_finite(metrics), allow_nan=False) + "\n")
+        self._last_step, self._last_time, self.last = metrics["step"], now, metrics
+        self._file.write(json.dumps(_null_non_finite(metrics), allow_nan=False) + "\n")
         self._file.flush()
         if self._board:
             for name in ("loss", "grad_norm", "lr", "seconds_per_step"):
                 self._board.add_scalar(name, metrics[name], metrics["step"])
 
 
-def _finite(value):
+def _null_non_finite(value: Any) -> Any:
+    """Return a JSON value with None in place of NaN and infinity."""
     if isinstance(value, dict):
-        return {name: _finite(v) for name, v in value.items()}
+        return {name: _null_non_finite(v) for name, v in value.items()}
     if isinstance(value, list):
-        return [_finite(v) for v in value]
+        return [_null_non_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _replace(path, text):
-    """Write a file whole or not at all."""
+def _replace(path: Path, text: str) -> None:
+    """Write a file completely or not at all."""
     partial = path.with_name(f".{path.name}")
     partial.write_text(text)
     os.replace(partial, path)
 
 
-def _tensorboard(folder):
+def _open_tensorboard(folder: Path) -> "SummaryWriter":
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter  # optional
     except ImportError as error:
         raise UsageError(
-            "tensorboard=true needs the package; run pip install tensorboard"
+            "tensorboard=true needs the package tensorboard; run pip install tensorboard"
         ) from error
     return SummaryWriter(folder / "tensorboard")

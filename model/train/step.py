@@ -1,41 +1,45 @@
-"""One optimizer step: what it is drawn from, its gradients, its update.
+"""One optimizer step: its batch, gradients and update.
 
-What is random is a function of (seed, step, sample), so a run that is resumed, or whose batch is
-split otherwise, sees the same data, noise, times and dropped captions.
+Random numbers are a function of (seed, step, sample). A resumed run, or one whose batch is split
+differently, therefore sees the same data, noise, times and dropped captions.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from model import rng
-from model.config import UsageError
+from model.config import Config, UsageError
+from model.data import Dataset
 from model.nn import flow
+from model.nn.dit import DiT
 from model.nn.precision import autocast
 from model.train import heap
 from model.train.optim import learning_rate
 
-QUARTERS = 4  # of t, for which the loss is logged apart
+QUARTERS = 4  # of the range of t; the loss is recorded for each
 
 
 @dataclass
 class Batch:
     """Samples of one step, on the CPU: data, noise, times and text."""
 
-    x0: torch.Tensor
-    x1: torch.Tensor
-    t: torch.Tensor
-    text: torch.Tensor
+    x0: Tensor
+    x1: Tensor
+    t: Tensor
+    text: Tensor
 
-    def micro_batches(self, size, device):
+    def micro_batches(self, size: int, device: str) -> Iterator["Batch"]:
         for i in range(0, len(self.x0), size):
             part = (getattr(self, f.name)[i : i + size] for f in dataclasses.fields(self))
             yield Batch(*(t.to(device, non_blocking=True) for t in part))
 
 
-def draw_batch(config, dataset, step):
-    """The batch of update `step`, counted from 0."""
+def draw_batch(config: Config, dataset: Dataset, step: int) -> Batch:
+    """Return the batch of update `step`, counted from 0."""
     numbers = range(step * config.batch, (step + 1) * config.batch)
     indices = [dataset.index(n) for n in numbers]
     images, texts = zip(*(dataset.get(i) for i in indices), strict=True)
@@ -43,8 +47,8 @@ def draw_batch(config, dataset, step):
     for index, *sample in zip(indices, images, texts, strict=True):
         if not all(torch.isfinite(t).all() for t in sample):
             raise UsageError(
-                f"sample {index} of the data ({dataset.fingerprint}) or its caption holds a value "
-                f"that is not finite; step {step + 1} was not taken: mend the sample and resume"
+                f"sample {index} of the data ({dataset.fingerprint}) or its caption contains NaN "
+                f"or infinity; training stopped before step {step + 1}. Fix the sample and resume"
             )
     dropped = rng.uniform(config.seed, "drop", step, numbers) < config.caption_drop
     text = torch.stack([dataset.empty if d else t for t, d in zip(texts, dropped, strict=True)])
@@ -53,13 +57,15 @@ def draw_batch(config, dataset, step):
     return Batch(x0, x1, t.float(), text)
 
 
-def gradients(config, model, batch, device):
-    """Gradients of the mean loss of a batch, micro-batch by micro-batch.
+def compute_gradients(
+    config: Config, model: DiT, batch: Batch, device: str
+) -> tuple[Tensor, Tensor]:
+    """Add the gradients of the mean loss of a batch to the parameters, one micro-batch at a time.
 
-    Returns the loss (0-d), and the losses' sums and counts by quarter of t (2, QUARTERS), on the
-    device.
+    Returns the loss (0-d), and the sums and counts of losses by quarter of t (2, QUARTERS), both on
+    the device.
     """
-    loss, quarters = 0, 0
+    loss = quarters = torch.zeros((), device=device)
     for part in batch.micro_batches(config.micro_batch or config.batch, device):
         z = flow.interpolate(part.x0, part.x1, part.t)
         if config.precision == "bf16":
@@ -76,52 +82,57 @@ def gradients(config, model, batch, device):
     return loss, quarters
 
 
-def gradient_norms(optimizer):
-    """Of each parameter of an optimizer, (n,), in the order of its groups; 0 without a gradient."""
+def gradient_norms(optimizer: torch.optim.Optimizer) -> Tensor:
+    """Return the gradient norm of each parameter (n,), in the order of the optimizer's groups.
+
+    The norm is 0 for a parameter without gradient.
+    """
     grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
-    none = next(g for g in grads if g is not None).new_zeros(())
-    places = {}  # by dtype: of mixed ones foreach takes one after another
+    zero = next(g for g in grads if g is not None).new_zeros(())
+    places: dict[torch.dtype, list[int]] = {}  # foreach is fast only for tensors of one dtype
     for i, grad in enumerate(grads):
-        places.setdefault(none.dtype if grad is None else grad.dtype, []).append(i)
-    norms = [none] * len(grads)
-    for of in places.values():
-        found = torch._foreach_norm([none if grads[i] is None else grads[i] for i in of])
-        for i, norm in zip(of, found, strict=True):
+        places.setdefault(zero.dtype if grad is None else grad.dtype, []).append(i)
+    norms = [zero] * len(grads)
+    for indices in places.values():
+        tensors = [grads[i] for i in indices]
+        results = torch._foreach_norm([zero if grad is None else grad for grad in tensors])
+        for i, norm in zip(indices, results, strict=True):
             norms[i] = norm
     return torch.stack(norms)
 
 
-def gradient_norm(optimizer):
-    """Of all gradients together, 0-d. model.parameters() would walk through every module: 10 ms."""
+def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
+    """Return the norm of all gradients, 0-d.
+
+    The parameters are those of the optimizer: model.parameters() walks all modules and takes 10 ms.
+    """
     return torch.linalg.vector_norm(gradient_norms(optimizer))
 
 
-def update(config, step, optimizer, norm):
-    """Clip, set the learning rate of update `step` and take it; gradients are gone after it."""
+def update(config: Config, step: int, optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+    """Clip the gradients, take update `step` with its learning rate, and clear the gradients."""
     if config.clip:
-        torch.nn.utils.clip_grads_with_norm_(_trained(optimizer), config.clip, norm)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        with_gradient = [p for p in parameters if p.grad is not None]
+        torch.nn.utils.clip_grads_with_norm_(with_gradient, config.clip, norm)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
-def _trained(optimizer):
-    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-
-
-def prepare(config):
-    """Set up the process for a configuration; returns the device."""
+def prepare(config: Config) -> str:
+    """Set the threads and the heap of this process; return the device."""
     device = choose_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
     if torch.device(device).type == "cpu" and config.checkpointing != "none":
-        heap.return_freed_memory()  # who recomputes wants memory more than time
+        heap.return_freed_memory()  # recomputation trades time for memory, and so does this
     return device
 
 
-def choose_device(name):
-    """A torch device that can be used here; UsageError when it cannot."""
+def choose_device(name: str) -> str:
+    """Return a device that can be used on this machine; "auto" is cuda if available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

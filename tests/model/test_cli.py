@@ -1,4 +1,4 @@
-"""python -m model, as a user meets it: what it prints, writes, refuses."""
+"""The commands of python -m model: output, files, errors."""
 
 import json
 import re
@@ -12,29 +12,32 @@ from PIL import Image
 
 from model.__main__ import main
 from model.config import FIELDS, preset
+from model.data import open_dataset
+from model.evaluate.sample import sample_images
 from model.nn.dit import build
+from model.train.checkpoint import open_run
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = ["depth=3", "dim=32", "heads=2", "ffn=48", "text_dim=32", "batch=4", "steps=6"]
 
 
-def model(*args, cwd=ROOT):
-    """A run of the command: (exit code, what it printed, its complaint)."""
+def run_model(*args, cwd=ROOT):
+    """Run the command in a process; return its exit code, stdout and stderr."""
     command = [sys.executable, "-m", "model", *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
-    return done.returncode, done.stdout, done.stderr
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+    return result.returncode, result.stdout, result.stderr
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "run"
-    code, out, err = model("train", "tiny", "--out", folder, "--set", *SMALL, "log_every=2")
+    code, out, err = run_model("train", "tiny", "--out", folder, "--set", *SMALL, "log_every=2")
     assert code == 0, err
     assert re.findall(r"^step (\d)/6 loss ", out, re.M) == ["2", "4", "6"]
     return folder
 
 
-def test_help_is_enough(capsys):
+def test_help_lists_commands_and_fields(capsys):
     for args in (["--help"], *([c, "--help"] for c in
                  "train info demo diagnose study sample eval export import".split())):  # fmt: skip
         with pytest.raises(SystemExit) as end:
@@ -46,15 +49,15 @@ def test_help_is_enough(capsys):
             assert all(re.search(rf"^  {name}\b", text, re.M) for name in FIELDS)
 
 
-def test_nothing_left_to_do_is_said(run, tmp_path, capsys):
+def test_a_finished_run_has_nothing_left_to_do(run, tmp_path, capsys):
     args = ["--resume", str(run), "--set", *SMALL, "log_every=2"]
     assert main(["train", "tiny", "--out", str(tmp_path / "new"), *args]) == 0
     assert "nothing left to do" in capsys.readouterr().out
     assert main(["train", "--config", str(run / "config.json")]) == 2
-    assert "name the run's folder too" in capsys.readouterr().err
+    assert "also pass the folder of the run" in capsys.readouterr().err
 
 
-def test_training_goes_on_where_it_stood(run, capsys):
+def test_a_finished_run_prints_nothing_with_quiet(run, capsys):
     assert (
         main(["train", "tiny", "--out", str(run), "--quiet", "--set", *SMALL, "log_every=2"]) == 0
     )
@@ -63,7 +66,7 @@ def test_training_goes_on_where_it_stood(run, capsys):
     assert config["depth"] == 3 and config["seed"] == 0
 
 
-def test_info_prints_what_the_paper_says_and_what_it_does_not(capsys):
+def test_info_compares_the_configuration_with_the_paper(capsys):
     assert main(["info", "dit400-mvsplit"]) == 0
     out = capsys.readouterr().out
     assert "5,454,496,896 parameters" in out
@@ -75,9 +78,9 @@ def test_info_prints_what_the_paper_says_and_what_it_does_not(capsys):
         assert re.search(rf"│ {policy} +│ +\d\.\d+e\+", out)
 
 
-def test_info_measures_what_it_predicts():
-    """Two real steps at 100 blocks and width 64, three of four recomputed."""
-    code, out, err = model(
+def test_info_measures_the_predicted_memory():
+    """Two real steps of 100 blocks of width 64, three of four recomputed."""
+    code, out, err = run_model(
         "info", "collapse100", "--measure", "--set", "dim=64", "heads=4", "ffn=192", "text_dim=64",
         "checkpointing=3/4",
     )  # fmt: skip
@@ -86,7 +89,7 @@ def test_info_measures_what_it_predicts():
     assert 0.85 <= float(ratio) <= 1.15
 
 
-def test_a_sample_is_a_picture_and_how_it_was_made(run, capsys):
+def test_sample_writes_a_grid_and_its_settings(run, capsys):
     args = ["sample", str(run), "-n", "3", "--steps", "2", "--seed", "7", "--method", "heun"]
     assert main(args) == 0 and main(args) == 0
     paths = [Path(line.split(", ")[0]) for line in capsys.readouterr().out.splitlines()]
@@ -100,36 +103,33 @@ def test_a_sample_is_a_picture_and_how_it_was_made(run, capsys):
     caption = "a red circle at the top left on blue"
     assert main([*args, "--caption", caption, "--out", str(run / "one.png")]) == 0
     assert json.loads((run / "one.json").read_text())["captions"] == [caption] * 3
-    for name in ("one.png", "config.png"):  # beside it there is a config.json
+    for name in ("one.png", "config.png"):  # there is a config.json
         assert main([*args, "--out", str(run / name)]) == 2
         assert "exists; choose another" in capsys.readouterr().err
     assert main([*args, "--set", "time_shift=4"]) == 2
-    assert "time_shift is the run's" in capsys.readouterr().err
+    assert "time_shift is fixed by the run" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*args, "--guidance", "nan"])
 
 
-def test_a_sample_does_not_depend_on_its_batch_mates():
-    from model.data import open_dataset
-    from model.evaluate.sample import sample_images
-
+def test_a_sample_does_not_depend_on_the_other_samples():
     config = preset("tiny", depth=2)
     net, dataset = build(config), open_dataset(config)
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.1 * torch.randn_like(p))
     captions = dataset.captions(8)
-    both = sample_images(net, dataset, captions, range(8), steps=3)
-    mates = [captions[0], *dataset.captions(30)[20:27]]
-    other = sample_images(net, dataset, mates, [0, *range(50, 57)], steps=3)
-    assert torch.equal(both[0], other[0])
-    alone = sample_images(net, dataset, captions[:1], [0], steps=3)
-    assert torch.allclose(both[0], alone[0], atol=1e-5)
+    images = sample_images(net, dataset, captions, range(8), steps=3)
+    others = [captions[0], *dataset.captions(30)[20:27]]
+    mixed = sample_images(net, dataset, others, [0, *range(50, 57)], steps=3)
+    assert torch.equal(images[0], mixed[0])
+    single = sample_images(net, dataset, captions[:1], [0], steps=3)
+    assert torch.allclose(images[0], single[0], atol=1e-5)
     split = sample_images(net, dataset, captions, range(8), steps=3, batch=3)
-    assert torch.allclose(both, split, atol=1e-5)
+    assert torch.allclose(images, split, atol=1e-5)
 
 
-def test_eval_prints_shares_beside_chance(run, tmp_path, capsys):
+def test_eval_prints_shares_and_those_by_chance(run, tmp_path, capsys):
     path = tmp_path / "eval.json"
     assert main(["eval", str(run), "-n", "8", "--steps", "2", "--json", str(path)]) == 0
     out = capsys.readouterr().out
@@ -140,45 +140,43 @@ def test_eval_prints_shares_beside_chance(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("to", ["official", "safetensors"])
-def test_exported_weights_come_back_bit_for_bit(run, tmp_path, to, capsys):
+def test_exported_weights_are_imported_bit_for_bit(run, tmp_path, to, capsys):
     file = tmp_path / ("model.pt" if to == "official" else "model.safetensors")
     assert main(["export", str(run), "--to", to, "--out", str(file)]) == 0
     assert main(["export", str(run), "--to", to, "--out", str(file)]) == 2
     assert "exists; choose another --out" in capsys.readouterr().err
     size = ["tiny", "--set", *SMALL] if to == "official" else []
     assert main(["import", str(file), *size, "--out", str(tmp_path / "back")]) == 0
-    from model.train.checkpoint import open_run
-
     one, other = (open_run(path)[0].state_dict() for path in (run, tmp_path / "back"))
     assert one.keys() == other.keys()
     assert all(torch.equal(t, other[name]) for name, t in one.items())
     assert main(["sample", str(tmp_path / "back"), "-n", "1", "--steps", "1"]) == 0
     assert main(["import", str(file), *size, "--out", str(tmp_path / "back")]) == 2
-    assert "holds a run already" in capsys.readouterr().err
+    assert "already contains a run" in capsys.readouterr().err
 
 
-def test_only_mvsplit_has_an_official_layout(tmp_path, capsys):
+def test_export_errors_name_the_remedy(tmp_path, capsys):
     small = [*SMALL, "residual=layerscale", "steps=1"]
     assert main(["train", "--out", str(tmp_path / "r"), "--quiet", "--set", *small]) == 0
     export = ["export", str(tmp_path / "r"), "--to"]
     for to, file, message in (
         ("official", "m.pt", "use --to safetensors"),
-        ("safetensors", "m.pt", "name it .safetensors"),
-        ("safetensors", "none/m.safetensors", "make it first"),
+        ("safetensors", "m.pt", "suffix .safetensors is required"),
+        ("safetensors", "none/m.safetensors", "create it first"),
     ):
         assert main([*export, to, "--out", str(tmp_path / file)]) == 2
         assert message in capsys.readouterr().err
     assert main([*export, "safetensors", "--out", str(tmp_path / "m.safetensors")]) == 0
     file = str(tmp_path / "m.safetensors")
-    again = ["import", file, "--out", str(tmp_path / "b"), "--set", "steps=9"]
-    assert main(again) == 0
+    imported = ["import", file, "--out", str(tmp_path / "b"), "--set", "steps=9"]
+    assert main(imported) == 0
     config = json.loads((tmp_path / "b" / "config.json").read_text())
     assert (config["steps"], config["depth"]) == (9, 3)
 
 
-def test_a_demonstration_trains_three_and_draws_them(tmp_path):
+def test_demo_trains_three_residuals_and_draws_them(tmp_path):
     settings = ["depth=4", "steps=3", "batch=2"]
-    code, out, err = model("demo", "collapse100", "--out", tmp_path, "--set", *settings)
+    code, out, err = run_model("demo", "collapse100", "--out", tmp_path, "--set", *settings)
     assert code == 0, err
     for name in ("post", "layerscale", "mvsplit"):
         assert re.search(rf"│ {name} +│ +3/3 │", out)
@@ -188,22 +186,22 @@ def test_a_demonstration_trains_three_and_draws_them(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["train", "tinny"], "no preset 'tinny'; did you mean tiny?"),
-        (["train", "--set", "dept=3"], "no field 'dept'; did you mean depth?"),
-        (["train", "--set", "residual=mv"], "no residual 'mv'"),
+        (["train", "tinny"], "unknown preset 'tinny', did you mean tiny?"),
+        (["train", "--set", "dept=3"], "unknown field 'dept', did you mean depth?"),
+        (["train", "--set", "residual=mv"], "unknown residual 'mv'"),
         (["train", "--set", "backend=cuda12"], "backend must be one of reference, cpu"),
         (["train", "--set", "device=cuda:7"], "device 'cuda:7' cannot be used here"),
         (["train", "--set", "data=latents"], "no latents at"),
         (["train", "--config", "none.json"], "cannot read the configuration none.json"),
         (["train", "--resume", "nowhere"], "nowhere is neither a run"),
-        (["train", "tiny", "--config", "x.json"], "name a preset or a --config, not both"),
+        (["train", "tiny", "--config", "x.json"], "expected a preset or a --config, got both"),
         (["train", "--set", f"seed={1 << 64}"], "seed must be below 2^63"),
         (["demo", "--set", "residual=post"], "demo sets "),
         (["sample", "nowhere"], "nowhere is neither a run with a checkpoint nor a checkpoint"),
         (["import", "none.pt", "tiny"], "no file none.pt"),
     ],
 )
-def test_what_cannot_be_done_is_one_line_and_exit_code_2(args, message, tmp_path, capsys):
+def test_a_usage_error_is_one_line_with_exit_code_2(args, message, tmp_path, capsys):
     out = ["--out", str(tmp_path / "run")] if args[0] in ("train", "import") else []
     assert main([*args, *out]) == 2
     err = capsys.readouterr().err
@@ -214,7 +212,7 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2(args, message, tmp_path
 
 
 @pytest.mark.parametrize("damage", ["other width", "missing", "extra", "cut", "no weights"])
-def test_import_refuses_what_does_not_fit(damage, tmp_path, capsys):
+def test_import_of_weights_that_do_not_fit_is_an_error(damage, tmp_path, capsys):
     config = preset("tiny", **{k: int(v) for k, v in (s.split("=") for s in SMALL)})
     state = dict(build(config).state_dict())
     path, out = tmp_path / "model.pt", tmp_path / "run"
@@ -230,9 +228,9 @@ def test_import_refuses_what_does_not_fit(damage, tmp_path, capsys):
     message = {
         "other width": "does not fit the model",
         "missing": "final_proj.bias is missing",
-        "extra": "blocks.9.ffn.w2.weight is not of this model",
-        "cut": "not a whole file of weights",
-        "no weights": "must hold a state dict of tensors alone",
+        "extra": "blocks.9.ffn.w2.weight is not part of this model",
+        "cut": "not a complete file of weights",
+        "no weights": "must contain a state dict that has only tensors",
     }[damage]
     assert message in capsys.readouterr().err
     assert not out.exists()

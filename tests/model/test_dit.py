@@ -1,6 +1,7 @@
-"""The model against an independent float64 forward pass, its policies, its published layout."""
+"""The model compared with an independent float64 forward pass; policies; published layout."""
 
 import collections
+import functools
 import math
 
 import pytest
@@ -13,18 +14,15 @@ from model.config import RESIDUALS, preset
 from model.data import open_dataset
 from model.nn import flow
 from model.nn.dit import build, rope_tables
-from model.train.step import draw_batch, gradients
+from model.train.step import compute_gradients, draw_batch
+from tests.model.small_models import small_config
 
 GPU = torch.cuda.is_available()
-SMALL = dict(depth=4, dim=32, heads=2, ffn=48, text_dim=32, threads=0, batch=4)
+small = functools.partial(small_config, depth=4, threads=0)
 
 
-def small(**changes):
-    return preset("tiny", **{**SMALL, **changes})
-
-
-def randomised(config, seed=0):
-    """A model whose every parameter is random, so that no term can hide behind a zero."""
+def make_random_model(config, seed=0):
+    """Return a model without parameters that are zero, which would hide an error of a term."""
     model, generator = build(config), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -33,7 +31,7 @@ def randomised(config, seed=0):
 
 
 def published_forward(state, z, text, heads, depth, patch):
-    """The published model in float64, written out, on a published state dict."""
+    """Return the result of the published model in float64, written out, for its state dict."""
     w = {name: t.double() for name, t in state.items()}
     z, text = z.double(), text.double()
 
@@ -57,7 +55,7 @@ def published_forward(state, z, text, heads, depth, patch):
         r, c = divmod(i, columns)
         angle[i] = torch.tensor([r * f for f in inverse] + [c * f for f in inverse])
 
-    def turn(t):  # by minus the angle, half-split pairs, then norm
+    def rotate_and_normalise(t):  # by minus the angle, on half-split pairs
         t = t.unflatten(-1, (heads, Dh)).transpose(1, 2)
         a, b = t[..., : Dh // 2], t[..., Dh // 2 :]
         t = torch.cat([a * angle.cos() + b * angle.sin(), b * angle.cos() - a * angle.sin()], -1)
@@ -72,15 +70,15 @@ def published_forward(state, z, text, heads, depth, patch):
         return rms(torch.cat(parts, 1), 1e-5)
 
     for i in range(depth):
-        at = f"blocks.{i}"
-        q, k, v = (x @ w[f"{at}.operator.{m}_proj.weight"].T for m in "qkv")
-        weights = (turn(q) @ turn(k).transpose(-1, -2) / math.sqrt(Dh)).softmax(-1)
+        block = f"blocks.{i}"
+        q, k, v = (x @ w[f"{block}.operator.{m}_proj.weight"].T for m in "qkv")
+        weights = (rotate_and_normalise(q) @ rotate_and_normalise(k).mT / math.sqrt(Dh)).softmax(-1)
         heads_out = weights @ v.unflatten(-1, (heads, Dh)).transpose(1, 2)
-        f = heads_out.transpose(1, 2).flatten(2) @ w[f"{at}.operator.proj.weight"].T
-        x = merge(x, f, f"{at}.fused_mvsplit_norm1")
-        gate, value = (x @ w[f"{at}.ffn.w13.weight"].T).chunk(2, -1)
-        f = (gate * torch.sigmoid(gate) * value) @ w[f"{at}.ffn.w2.weight"].T
-        x = merge(x, f, f"{at}.fused_mvsplit_norm2")
+        f = heads_out.transpose(1, 2).flatten(2) @ w[f"{block}.operator.proj.weight"].T
+        x = merge(x, f, f"{block}.fused_mvsplit_norm1")
+        gate, value = (x @ w[f"{block}.ffn.w13.weight"].T).chunk(2, -1)
+        f = (gate * torch.sigmoid(gate) * value) @ w[f"{block}.ffn.w2.weight"].T
+        x = merge(x, f, f"{block}.fused_mvsplit_norm2")
     out = x[:, :n] @ w["final_proj.weight"].T + w["final_proj.bias"]
     out = out.view(B, rows, columns, patch, patch, C)
     return torch.einsum("bhwpqc->bchpwq", out).reshape(B, C, height, width)
@@ -89,9 +87,9 @@ def published_forward(state, z, text, heads, depth, patch):
 @pytest.mark.parametrize("layout", ["kernels", "eager fallback"])
 @pytest.mark.parametrize("text_dim", [32, 24])
 @pytest.mark.parametrize("patch", [1, 2])
-def test_a_published_checkpoint_loads_strictly_and_computes_the_same(layout, text_dim, patch):
+def test_a_published_checkpoint_loads_strictly_and_gives_the_same_result(layout, text_dim, patch):
     config = small(text_dim=text_dim, patch=patch, size=8, channels=5, data="latents")
-    state = {n: t.clone() for n, t in randomised(config).state_dict().items()}
+    state = {n: t.clone() for n, t in make_random_model(config).state_dict().items()}
     if layout == "eager fallback":
         for i in range(config.depth):
             for norm in ("fused_mvsplit_norm1", "fused_mvsplit_norm2"):
@@ -108,7 +106,7 @@ def test_a_published_checkpoint_loads_strictly_and_computes_the_same(layout, tex
     assert (eager - exact).abs().max() < 1e-4
 
 
-def test_names_are_the_published_ones():
+def test_parameters_have_the_published_names():
     with torch.device("meta"):
         names = set(build(small(depth=1), "meta").state_dict())
     assert names == {
@@ -121,7 +119,7 @@ def test_names_are_the_published_ones():
     }  # fmt: skip
 
 
-def test_norm_weights_other_than_ones_are_not_dropped_in_silence():
+def test_norm_weights_other_than_ones_are_an_error():
     model = build(small())
     state = {**model.state_dict(), "blocks.1.fused_mvsplit_norm2.weight": torch.full((32,), 1.1)}
     with pytest.raises(RuntimeError, match="blocks.1.fused_mvsplit_norm2.weight must be ones"):
@@ -129,13 +127,13 @@ def test_norm_weights_other_than_ones_are_not_dropped_in_silence():
 
 
 @pytest.mark.parametrize(("name", "billions"), [("dit400-mvsplit", 5.4545), ("dit1000-mvsplit", 13.636)])  # fmt: skip  # noqa: E501
-def test_the_papers_sizes_without_allocating(name, billions):
+def test_paper_models_have_their_size_and_allocate_nothing_on_meta(name, billions):
     model = build(preset(name), "meta")
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=5e-5)
 
 
-def test_text_is_not_turned_and_rows_come_before_columns():
+def test_rope_does_not_rotate_text_and_rows_come_before_columns():
     cos, sin = rope_tables(3, 5, 2, 32)
     assert cos.shape == sin.shape == (17, 16)
     assert cos[15:].eq(1).all() and sin[15:].eq(0).all() and sin[0].eq(0).all()
@@ -144,13 +142,13 @@ def test_text_is_not_turned_and_rows_come_before_columns():
 
 
 @pytest.mark.parametrize("residual", RESIDUALS)
-def test_every_residual_is_its_formula(residual):
+def test_each_residual_computes_its_formula(residual):
     config = small(residual=residual, init_alpha=0.3, init_beta=0.7, init_scale=0.4)
     model = build(config)
     x, f, segments = torch.randn(2, 10, 32), torch.randn(2, 10, 32), (6, 4)
     split = mv.reference.mvsplit_rmsnorm
     full = torch.full((32,), 0.3), torch.full((32,), 0.7), None, segments
-    want = {
+    expected = {
         "post": lambda: mv.reference.residual_rmsnorm(x, f),
         "layerscale": lambda: mv.reference.residual_rmsnorm(x, f, torch.tensor(0.4)),
         "rezero": lambda: mv.reference.rms_norm(x, None, 1e-5),
@@ -161,10 +159,10 @@ def test_every_residual_is_its_formula(residual):
     second = "post" if residual == "attention_only" else residual
     block = model.blocks[1]
     for merge, name in ((block.fused_mvsplit_norm1, residual), (block.fused_mvsplit_norm2, second)):
-        assert torch.allclose(merge(x, f, segments), want[name](), atol=1e-5), name
+        assert torch.allclose(merge(x, f, segments), expected[name](), atol=1e-5), name
 
 
-def test_hard_centring_has_no_gains_to_train_and_keeps_the_mean_of_no_update():
+def test_hard_center_has_no_trainable_gains():
     model = build(small(residual="hard_center"))
     gains = [p for n, p in model.named_parameters() if "fused" in n]
     assert gains and not any(p.requires_grad for p in gains)
@@ -172,7 +170,7 @@ def test_hard_centring_has_no_gains_to_train_and_keeps_the_mean_of_no_update():
 
 
 @pytest.mark.parametrize("writer_init", ["zero", "default", "normal"])
-def test_writers_start_as_asked_and_the_rest_does_not_notice(writer_init):
+def test_writer_init_changes_only_the_writers(writer_init):
     model, default = build(small(writer_init=writer_init)), build(small(writer_init="default"))
     bound = 1 / math.sqrt(48)
     for block, other in zip(model.blocks, default.blocks, strict=True):
@@ -191,33 +189,33 @@ def test_writers_start_as_asked_and_the_rest_does_not_notice(writer_init):
         assert torch.equal(p, q)
 
 
-def step_of(config, seed=0):
-    """Loss and gradients of one step of a randomised model."""
-    model = randomised(config, seed)
+def take_step(config, seed=0):
+    """Return the loss and gradients of one step of a random model."""
+    model = make_random_model(config, seed)
     batch = draw_batch(config, open_dataset(config), 0)
-    loss, _ = gradients(config, model, batch, "cpu")
+    loss, _ = compute_gradients(config, model, batch, "cpu")
     return loss, [p.grad for p in model.parameters() if p.requires_grad]
 
 
 @pytest.mark.parametrize("policy", ["full", "3/4", "1/2", "selective"])
 @pytest.mark.parametrize("carry_mean", [False, True])
-def test_recomputing_changes_no_bit(policy, carry_mean):
-    loss, grads = step_of(small(carry_mean=carry_mean))
-    again, grads_again = step_of(small(carry_mean=carry_mean, checkpointing=policy))
+def test_recomputation_is_bit_identical(policy, carry_mean):
+    loss, grads = take_step(small(carry_mean=carry_mean))
+    again, grads_again = take_step(small(carry_mean=carry_mean, checkpointing=policy))
     assert torch.equal(loss, again)
     assert all(torch.equal(a, b) for a, b in zip(grads, grads_again, strict=True))
 
 
 @pytest.mark.parametrize("residual", ["mvsplit", "attention_only", "hard_center", "post"])
-def test_carrying_the_mean_changes_rounding_alone(residual):
-    loss, grads = step_of(small(residual=residual))
-    carried, grads_carried = step_of(small(residual=residual, carry_mean=True))
+def test_carrying_the_mean_changes_only_rounding(residual):
+    loss, grads = take_step(small(residual=residual))
+    carried, grads_carried = take_step(small(residual=residual, carry_mean=True))
     assert torch.allclose(loss, carried, rtol=1e-5)
     for a, b in zip(grads, grads_carried, strict=True):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-5 * a.abs().max().item())
 
 
-class Calls(TorchDispatchMode):
+class CallCounter(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.calls = collections.Counter()
@@ -227,22 +225,22 @@ class Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def calls_of(**changes):
-    with Calls() as counter:
-        step_of(small(**changes))
+def count_calls(**changes):
+    with CallCounter() as counter:
+        take_step(small(**changes))
     return counter.calls
 
 
-def test_three_of_four_blocks_recomputed_call_the_operators_as_the_paper_counts():
-    """At 400 blocks 700 forward and 400 backward, the merge twice: at 8 blocks 14 and 8."""
-    calls = calls_of(depth=8, checkpointing="3/4")
+def test_three_of_four_policy_has_the_call_counts_of_the_paper():
+    """700 forward and 400 backward calls at 400 blocks, twice for merges: 14 and 8 at 8 blocks."""
+    calls = count_calls(depth=8, checkpointing="3/4")
     for op, n in (("rope_qk_norm", 1), ("swiglu", 1), ("mvsplit_rmsnorm", 2)):
         assert calls[f"{op}_fwd"] == n * 8 * 700 // 400, op
         assert calls[f"{op}_bwd"] == n * 8, op
 
 
-def test_selective_recomputes_the_cheap_operators_and_no_matrix_product():
-    plain, selective, full = (calls_of(checkpointing=p) for p in ("none", "selective", "full"))
+def test_selective_policy_recomputes_cheap_operators_and_no_matrix_product():
+    plain, selective, full = (count_calls(checkpointing=p) for p in ("none", "selective", "full"))
     cheap = [op.__name__.removesuffix(".default") for op in mv.recompute_cheap_ops()]
     for name in (n for n in cheap if plain[n]):
         assert selective[name] == full[name] == 2 * plain[name], name
@@ -252,9 +250,9 @@ def test_selective_recomputes_the_cheap_operators_and_no_matrix_product():
 
 
 @pytest.mark.parametrize("residual", ["mvsplit", "layerscale"])
-def test_a_compiled_block_computes_the_same(residual):
+def test_a_compiled_block_gives_the_same_gradients(residual):
     config = small(depth=2, residual=residual)
-    model, compiled = randomised(config), randomised(config)
+    model, compiled = make_random_model(config), make_random_model(config)
     for block in compiled.blocks:
         block.compile(fullgraph=True)
     z, text = torch.randn(2, 3, 16, 16), torch.randn(2, 4, 32)
@@ -264,9 +262,9 @@ def test_a_compiled_block_computes_the_same(residual):
         assert torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-5 * a.grad.abs().max().item())
 
 
-def in_dtype(config, dtype, backend, steps, device):
-    """Losses of a batch's samples and all gradients after `steps` of plain gradient descent."""
-    model, dataset = randomised(config).to(device, dtype), open_dataset(config)
+def descend(config, dtype, backend, steps, device):
+    """Return a batch's losses and all gradients after `steps` of plain gradient descent."""
+    model, dataset = make_random_model(config).to(device, dtype), open_dataset(config)
     for step in range(steps):
         batch = draw_batch(config, dataset, step)
         x0, x1, text = (t.to(device, dtype) for t in (batch.x0, batch.x1, batch.text))
@@ -283,12 +281,12 @@ def in_dtype(config, dtype, backend, steps, device):
 
 @pytest.mark.parametrize(("backend", "steps"), [("cpu", 1), ("cpu", 20), ("triton", 1)])
 @pytest.mark.parametrize("residual", ["mvsplit", "layerscale"])
-def test_fused_and_reference_agree_by_the_rule(residual, backend, steps):
+def test_fused_operators_meet_the_accuracy_rule_in_training(residual, backend, steps):
     depth = 1 if backend == "triton" and not GPU else 4  # interpreted
     config = small(residual=residual, init_scale=0.3, batch=16, depth=depth)
     device = "cuda" if GPU and backend == "triton" else "cpu"
-    exact = in_dtype(config, torch.float64, "reference", steps, device)
-    eager = in_dtype(config, torch.float32, "reference", steps, device)
-    fused = in_dtype(config, torch.float32, backend, steps, device)
-    for what, *values in zip(("losses", "gradients"), fused, eager, exact, strict=True):
-        require_accurate(f"{residual}, {what} after {steps} steps", *values)
+    exact = descend(config, torch.float64, "reference", steps, device)
+    eager = descend(config, torch.float32, "reference", steps, device)
+    fused = descend(config, torch.float32, backend, steps, device)
+    for name, *values in zip(("losses", "gradients"), fused, eager, exact, strict=True):
+        require_accurate(f"{residual}, {name} after {steps} steps", *values)

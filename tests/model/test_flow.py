@@ -1,3 +1,5 @@
+"""Rectified flow and the random numbers that it uses."""
+
 import pytest
 import torch
 
@@ -6,7 +8,7 @@ from model.nn import flow
 
 
 def test_velocity_points_from_noise_to_data():
-    """One Euler step along the true velocity, from pure noise, lands on the data."""
+    """One Euler step along the true velocity from pure noise yields the data."""
     x0, x1 = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     assert torch.equal(flow.velocity(x0, x1), x0 - x1)  # the paper's sign
     assert torch.allclose(flow.integrate(lambda z: flow.velocity(x0, x1), x1, 1), x0, atol=1e-6)
@@ -16,7 +18,7 @@ def test_velocity_points_from_noise_to_data():
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("method", ["euler", "heun"])
-def test_every_sign_follows_from_the_constant(monkeypatch, sign, method):
+def test_all_signs_follow_from_the_constant(monkeypatch, sign, method):
     monkeypatch.setattr(flow, "SIGN", sign)
     x0, x1 = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     v = flow.velocity(x0, x1)
@@ -24,8 +26,8 @@ def test_every_sign_follows_from_the_constant(monkeypatch, sign, method):
     assert torch.allclose(flow.integrate(lambda z: v, x1, 5, 4.0, method), x0, atol=1e-5)
 
 
-def test_heun_is_of_second_order_and_euler_of_first():
-    """On dz/dt = z the error falls by 4 and by 2 when the steps double."""
+def test_heun_is_second_order_and_euler_first_order():
+    """On dz/dt = z twice as many steps reduce the error by 4 and by 2."""
     start = torch.ones(1, 1, 1, 1, dtype=torch.float64)
 
     def error(method, steps):  # t runs from 1 to 0, so z(0) = z(1) / e
@@ -36,7 +38,7 @@ def test_heun_is_of_second_order_and_euler_of_first():
     assert 1.8 < euler < 2.2 and 3.0 < heun < 4.5
 
 
-def test_shift_keeps_the_ends_and_favours_noise():
+def test_shift_keeps_the_ends_and_moves_times_towards_noise():
     t = torch.linspace(0, 1, 11, dtype=torch.float64)
     assert torch.equal(flow.shift(t, 1.0), t)
     shifted = flow.shift(t, 4.0)
@@ -44,7 +46,7 @@ def test_shift_keeps_the_ends_and_favours_noise():
     assert shifted[5].item() == pytest.approx(4 * 0.5 / 2.5)
 
 
-def test_times_have_their_distribution():
+def test_times_have_the_chosen_distribution():
     u = torch.rand(20_000, dtype=torch.float64)
     assert torch.equal(flow.times(u, "uniform", 1.0), u)
     t = flow.times(u, "logit_normal", 1.0)
@@ -53,7 +55,7 @@ def test_times_have_their_distribution():
     assert torch.isfinite(flow.times(torch.zeros(3, dtype=torch.float64), "logit_normal", 1)).all()
 
 
-def test_guidance_is_between_and_beyond_its_two_predictions():
+def test_guidance_interpolates_and_extrapolates_two_predictions():
     def model(z, text):
         return z * text.sum((1, 2)).view(-1, 1, 1, 1)
 
@@ -61,10 +63,10 @@ def test_guidance_is_between_and_beyond_its_two_predictions():
     conditional, unconditional = model(z, text), model(z, empty.expand(2, -1, -1))
     for scale in (0.0, 1.0, 2.5):
         want = unconditional + scale * (conditional - unconditional)
-        assert torch.allclose(flow.guided(model, text, empty, scale)(z), want, atol=1e-5)
+        assert torch.allclose(flow.guided_velocity(model, text, empty, scale)(z), want, atol=1e-5)
 
 
-def test_a_stream_is_named_by_seed_purpose_step_and_sample():
+def test_a_stream_depends_on_seed_purpose_step_and_sample():
     names = [(0, "noise", 0, 0), (1, "noise", 0, 0), (0, "time", 0, 0), (0, "noise", 1, 0),
              (0, "noise", 0, 1)]  # fmt: skip
     draws = [rng.stream(*name).standard_normal() for name in names]
@@ -78,7 +80,7 @@ def test_a_stream_is_named_by_seed_purpose_step_and_sample():
     assert 0.45 < rng.uniform(0, "time", 0, range(2000)).mean() < 0.55
 
 
-def test_an_images_noise_is_its_seeds():
+def test_initial_noise_depends_only_on_the_seed():
     a = flow.initial_noise([5, 6], (3, 4, 4))
     b = flow.initial_noise([9, 5, 1], (3, 4, 4))
     assert torch.equal(a[0], b[1]) and not torch.equal(a[0], a[1])

@@ -1,30 +1,28 @@
-"""One optimizer step: exact means, what is drawn, the learning rate, the update, the average."""
+"""One optimizer step: its batch, gradients, learning rate, update and averaged weights."""
+
+import functools
 
 import pytest
 import torch
 
-from model.config import preset
 from model.data import open_dataset
 from model.nn.dit import build
 from model.train.optim import Average, learning_rate, make_optimizer
-from model.train.step import draw_batch, gradient_norm, gradients, update
+from model.train.step import compute_gradients, draw_batch, gradient_norm, update
+from tests.model.small_models import small_config
 
-SMALL = dict(depth=3, dim=32, heads=2, ffn=48, text_dim=32, batch=4, warmup=5, threads=1)
-
-
-def small(**changes):
-    return preset("tiny", **{**SMALL, "steps": 20, **changes})
+small = functools.partial(small_config, depth=3, warmup=5, steps=20)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 4, 6])
-def test_accumulation_is_the_mean_over_the_batch(micro_batch):
-    """Also where the last micro-batch is smaller."""
+def test_micro_batches_accumulate_the_mean_over_the_batch(micro_batch):
+    """Also if the last micro-batch is smaller."""
 
     def run(**changes):
         config = small(batch=6, writer_init="default", **changes)
         model = build(config)
         batch = draw_batch(config, open_dataset(config), 3)
-        loss, quarters = gradients(config, model, batch, "cpu")
+        loss, quarters = compute_gradients(config, model, batch, "cpu")
         norm = gradient_norm(make_optimizer(model, config))
         return [loss, norm, quarters, *(p.grad for p in model.parameters())]
 
@@ -32,24 +30,24 @@ def test_accumulation_is_the_mean_over_the_batch(micro_batch):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_the_loss_by_time_adds_up():
+def test_losses_by_quarter_add_up_to_the_loss():
     config = small(batch=32)
     batch = draw_batch(config, open_dataset(config), 0)
-    loss, (sums, counts) = gradients(config, build(config), batch, "cpu")
+    loss, (sums, counts) = compute_gradients(config, build(config), batch, "cpu")
     assert counts.sum() == 32 and torch.allclose(sums.sum() / 32, loss)
     assert counts[0] == (batch.t < 0.25).sum()
 
 
-def test_a_time_that_rounds_to_one_is_of_the_last_quarter():
-    """Of 50,000 steps of 1024 samples some come so near to 1."""
+def test_a_time_that_rounds_to_one_is_in_the_last_quarter():
+    """In 50,000 steps of 1024 samples some times are that close to 1."""
     config = small()
     batch = draw_batch(config, open_dataset(config), 0)
     batch.t[2] = 1.0
-    loss, (_, counts) = gradients(config, build(config), batch, "cpu")
+    loss, (_, counts) = compute_gradients(config, build(config), batch, "cpu")
     assert torch.isfinite(loss) and counts[3] >= 1 and counts.sum() == 4
 
 
-def test_a_batch_is_its_step_and_drops_captions_at_the_rate():
+def test_a_batch_depends_on_its_step_and_drops_captions_at_the_rate():
     config = small(batch=64, caption_drop=0.3)
     dataset = open_dataset(config)
     one, again, other = (draw_batch(config, dataset, step) for step in (5, 5, 6))
@@ -60,7 +58,7 @@ def test_a_batch_is_its_step_and_drops_captions_at_the_rate():
     assert 10 <= dropped <= 30
 
 
-def test_warm_up_then_constant_and_decay_on_matrices_alone():
+def test_rate_is_constant_after_warm_up_and_decay_is_on_matrices_only():
     config = small(lr=1.0, warmup=4)
     assert [learning_rate(config, s) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
     model = build(small(residual="layerscale"))
@@ -70,8 +68,8 @@ def test_warm_up_then_constant_and_decay_on_matrices_alone():
     names = {id(p): name for name, p in model.named_parameters()}
     flat = {names[id(p)] for p in groups["gains and biases"]["params"]}
     assert flat == {n for n in names.values() if n.endswith(("bias", "scale"))}
-    both = [id(p) for g in groups.values() for p in g["params"]]
-    assert sorted(both) == sorted(names)
+    grouped = [id(p) for g in groups.values() for p in g["params"]]
+    assert sorted(grouped) == sorted(names)
 
 
 def test_the_update_is_clipped_adamw():
@@ -79,12 +77,12 @@ def test_the_update_is_clipped_adamw():
     model, other = build(config), build(config)
     batch = draw_batch(config, open_dataset(config), 0)
     optimizer = make_optimizer(model, config)
-    gradients(config, model, batch, "cpu")
+    compute_gradients(config, model, batch, "cpu")
     norm = gradient_norm(optimizer)
-    every = torch.cat([p.grad.flatten() for p in model.parameters()])
-    assert torch.allclose(norm, every.norm())
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert torch.allclose(norm, gradient.norm())
     update(config, 0, optimizer, norm)
-    gradients(config, other, batch, "cpu")
+    compute_gradients(config, other, batch, "cpu")
     for p in other.parameters():
         g = p.grad.double() * min(1, 0.5 / (norm.double() + 1e-6))
         decay = 1e-2 * (0.1 if p.dim() >= 2 else 0.0)
@@ -94,17 +92,17 @@ def test_the_update_is_clipped_adamw():
         assert torch.allclose(p, q, rtol=1e-4, atol=1e-6)
 
 
-def test_the_average_follows_and_is_swapped_in_for_a_while_only():
+def test_the_average_follows_the_weights_and_is_applied_temporarily():
     model = torch.nn.Linear(4, 4)
-    average, want = Average(model, 0.75), model.weight.detach().clone()
+    average, expected = Average(model, 0.75), model.weight.detach().clone()
     for _ in range(3):
         with torch.no_grad():
             model.weight.add_(torch.randn(4, 4))
         average.update()
-        want = 0.75 * want + 0.25 * model.weight.detach()
+        expected = 0.75 * expected + 0.25 * model.weight.detach()
     own = model.weight.detach().clone()
     with pytest.raises(KeyError), average.applied():
-        assert torch.allclose(model.weight, want)
+        assert torch.allclose(model.weight, expected)
         raise KeyError
     assert torch.equal(model.weight, own)
     assert not Average(model, 0.0).tensors
