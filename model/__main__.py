@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from model.train.checkpoint import CheckpointMeta
     from model.train.runs import Tables
 
-T = TypeVar("T")
+Result = TypeVar("Result")
 
 USAGE_ERROR, COLLAPSED, INTERRUPTED = 2, 3, 130  # exit codes
 
@@ -94,7 +94,7 @@ def info(args: argparse.Namespace) -> None:
     from model.train.step import choose_device
 
     config, console = _read_config(args), _make_console()
-    measured = memory.measure(config) if args.measure else None  # first, in a small process
+    measured = memory.measure(config) if args.measure else None  # before this process grows
     cost = memory.plan(config)
     console.print(configuration_table(config))
     for line in cost_lines(config, cost):
@@ -247,9 +247,10 @@ def _open_run(args: argparse.Namespace) -> "tuple[DiT, Dataset, CheckpointMeta, 
 
 
 def _with_sampling(
-    args: argparse.Namespace, function: Callable[..., T], model: "DiT", *rest: Any
-) -> T:
-    """Return function(model, *rest) with the sampling options and a progress bar."""
+    args: argparse.Namespace, function: Callable[..., Result], model: "DiT", *rest: Any
+) -> Result:
+    """Return function(model, *rest, sampling, progress) with the options and a progress bar."""
+    from model.evaluate.sample import Sampling
     from model.train.loop import use_config_backend
 
     with _progress(not sys.stderr.isatty()) as (bar, task), use_config_backend(model.config):
@@ -257,10 +258,7 @@ def _with_sampling(
         def show(done: int, steps: int) -> None:
             bar.update(task, completed=done, total=steps, description="sampling")
 
-        return function(
-            model, *rest, steps=args.steps, guidance=args.guidance, method=args.method,
-            progress=show,
-        )  # fmt: skip
+        return function(model, *rest, Sampling(args.steps, args.guidance, args.method), show)
 
 
 def _unused_path(folder: Path, stem: str) -> Path:

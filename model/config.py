@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-T = TypeVar("T")
+Value = TypeVar("Value")
 
 RESIDUALS = ("post", "layerscale", "rezero", "mvsplit", "hard_center", "attention_only")
 WRITER_INITS = ("zero", "default", "normal")
@@ -29,7 +29,7 @@ class UsageError(ValueError):
     """A request that cannot be met; the message says what was expected and how to fix it."""
 
 
-def _field(default: T, help: str, paper: str | None = None) -> T:
+def _field(default: Value, help: str, paper: str | None = None) -> Value:
     return dataclasses.field(default=default, metadata={"help": help, "paper": paper})
 
 

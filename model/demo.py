@@ -102,7 +102,7 @@ def draw(tables: Tables, depth: int, trivial: float, path: Path) -> None:
 
     trivial  the loss of predicting 0
     """
-    import matplotlib  # optional
+    import matplotlib  # here, because it is slow to import
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

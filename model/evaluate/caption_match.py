@@ -1,29 +1,33 @@
 """Agreement of samples with their captions on data=shapes, measured in the pixels."""
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
 from model.config import UsageError
 from model.data import Dataset
 from model.data.shapes import ATTRIBUTES, Shapes, parse
-from model.evaluate.sample import sample_images
+from model.evaluate.sample import DEFAULT_SAMPLING, Sampling, sample_images
 from model.nn.dit import DiT
 
 
 def evaluate_captions(
-    model: DiT, dataset: Dataset, n: int = 64, seed: int = 0, **sampling: Any
+    model: DiT,
+    dataset: Dataset,
+    n: int = 64,
+    seed: int = 0,
+    sampling: Sampling = DEFAULT_SAMPLING,
+    progress: Callable[[int, int], None] = lambda done, steps: None,
 ) -> dict[str, float]:
     """Return the result of match_shares for n samples, seeds `seed`, `seed` + 1, ...
 
-    sampling  steps, guidance, method, batch, progress: as in sample_images
+    progress  called with the number of integration steps taken and their total
     """
     if not isinstance(dataset, Shapes):
         raise UsageError("eval reads attributes from pixels and needs a model of data=shapes")
     captions = dataset.captions(n)
-    images = sample_images(model, dataset, captions, range(seed, seed + n), **sampling)
+    images = sample_images(model, dataset, captions, range(seed, seed + n), sampling, progress)
     return match_shares(dataset, images, captions)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,40 +19,46 @@ MOST_COLUMNS = 8  # of a grid
 GRID_PIXELS = 512  # width to which small grids are enlarged
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of the sampler."""
+
+    steps: int = 25  # of the integration; with "heun" each evaluates the model twice
+    guidance: float = 2.0  # scale of classifier-free guidance; 1: none
+    method: str = "euler"  # or heun
+    batch: int = 16  # samples per forward pass, without those for guidance
+
+
+DEFAULT_SAMPLING = Sampling()
+
+
 def sample_images(
     model: DiT,
     dataset: Dataset,
     captions: Sequence[str],
     seeds: Sequence[int],
-    *,
-    steps: int = 25,
-    guidance: float = 2.0,
-    method: str = "euler",
-    batch: int = 16,
-    progress: Callable[[int, int], None] | None = None,
+    sampling: Sampling = DEFAULT_SAMPLING,
+    progress: Callable[[int, int], None] = lambda done, steps: None,
 ) -> Tensor:
     """Return samples (n, C, size, size) float32 of captions; image i depends only on seeds[i].
 
-    steps     integration steps; with method "heun" each evaluates the model twice
-    guidance  scale of classifier-free guidance; 1: none
     progress  called with the number of integration steps taken and their total
     """
-    config, weight = model.config, model.final_proj.weight
+    config, weight, s = model.config, model.final_proj.weight, sampling
     shape = (config.channels, config.size, config.size)
     text = dataset.embed(captions)
-    total = steps * -(-len(seeds) // batch)
+    total = s.steps * -(-len(seeds) // s.batch)
     images = []
-    for number, i in enumerate(range(0, len(seeds), batch)):
-        z = flow.initial_noise(seeds[i : i + batch], shape).to(weight.device)
-        part = text[i : i + batch].to(weight.device)
-        v = flow.guided_velocity(_in_dtype(model, weight.dtype), part, dataset.empty, guidance)
+    for number, i in enumerate(range(0, len(seeds), s.batch)):
+        z = flow.initial_noise(seeds[i : i + s.batch], shape).to(weight.device)
+        part = text[i : i + s.batch].to(weight.device)
+        v = flow.guided_velocity(_in_dtype(model, weight.dtype), part, dataset.empty, s.guidance)
 
-        def count(step: int, _: int, before: int = number * steps) -> None:
-            if progress:
-                progress(before + step, total)
+        def show(step: int, _: int, before: int = number * s.steps) -> None:
+            progress(before + step, total)
 
         with autocast(config, weight.device):
-            images.append(flow.integrate(v, z, steps, config.time_shift, method, count).cpu())
+            images.append(flow.integrate(v, z, s.steps, config.time_shift, s.method, show).cpu())
     return torch.cat(images)
 
 

@@ -7,10 +7,10 @@ from torch import nn
 
 from model.config import Config
 
-Module = TypeVar("Module", bound=nn.Module)
+Model = TypeVar("Model", bound=nn.Module)
 
 
-def in_precision(model: Module, config: Config) -> Module:
+def in_precision(model: Model, config: Config) -> Model:
     """Convert a model in place: with bf16, linear and convolution layers become bfloat16.
 
     The gains of merges remain float32.

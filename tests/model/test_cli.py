@@ -13,7 +13,7 @@ from PIL import Image
 from model.__main__ import main
 from model.config import FIELDS, preset
 from model.data import open_dataset
-from model.evaluate.sample import sample_images
+from model.evaluate.sample import Sampling, sample_images
 from model.nn.dit import build
 from model.train.checkpoint import open_run
 
@@ -119,13 +119,14 @@ def test_a_sample_does_not_depend_on_the_other_samples():
         for p in net.parameters():
             p.add_(0.1 * torch.randn_like(p))
     captions = dataset.captions(8)
-    images = sample_images(net, dataset, captions, range(8), steps=3)
+    three_steps = Sampling(steps=3)
+    images = sample_images(net, dataset, captions, range(8), three_steps)
     others = [captions[0], *dataset.captions(30)[20:27]]
-    mixed = sample_images(net, dataset, others, [0, *range(50, 57)], steps=3)
+    mixed = sample_images(net, dataset, others, [0, *range(50, 57)], three_steps)
     assert torch.equal(images[0], mixed[0])
-    single = sample_images(net, dataset, captions[:1], [0], steps=3)
+    single = sample_images(net, dataset, captions[:1], [0], three_steps)
     assert torch.allclose(images[0], single[0], atol=1e-5)
-    split = sample_images(net, dataset, captions, range(8), steps=3, batch=3)
+    split = sample_images(net, dataset, captions, range(8), Sampling(steps=3, batch=3))
     assert torch.allclose(images, split, atol=1e-5)
 
 
