@@ -152,7 +152,7 @@ PROFILE_COLUMNS = (
 )
 
 
-def cells(profile: Profile) -> list[tuple[str, ...]]:
+def format_cells(profile: Profile) -> list[tuple[str, ...]]:
     """Return the table of a profile: a row of strings per operator, then the totals."""
     rows = []
     for row in profile.rows:
@@ -182,7 +182,7 @@ def _summary(profile: Profile, ms: Callable[[str], float], moved: float) -> tupl
     )
 
 
-def headline(profile: Profile) -> str:
+def format_headline(profile: Profile) -> str:
     """Return machine, backend and shape of a profile in one line."""
     run, backend = profile.run, profile.run["backend"]
     threads = ""
@@ -196,7 +196,7 @@ def headline(profile: Profile) -> str:
     )
 
 
-def notes(profile: Profile) -> tuple[str, ...]:
+def format_notes(profile: Profile) -> tuple[str, ...]:
     """Return the notes below the table."""
 
     def one_call_ms(name: str) -> float:
@@ -215,10 +215,12 @@ def notes(profile: Profile) -> tuple[str, ...]:
 
 
 def print_table(profile: Profile, console: Console) -> None:
-    *rows, total = cells(profile)
-    console.print(headline(profile))
+    *rows, total = format_cells(profile)
+    console.print(format_headline(profile))
     title = "Operators per optimizer step"
-    console.print(text_tables.build_table(title, PROFILE_COLUMNS, rows, notes(profile), total))
+    console.print(
+        text_tables.build_table(title, PROFILE_COLUMNS, rows, format_notes(profile), total)
+    )
 
 
 CALL_OPTIONS, STEP_OPTIONS = ("batch", "tokens", "dtype"), ("preset", "set", "trace", "nvtx")

@@ -260,10 +260,10 @@ def build_table(points: Sequence[Point]) -> Table:
         where = f"{s['B']} x {'+'.join(map(str, s['segments']))}, {s['D']}, {s['dtype']}"
         rows += [(point.title, where, *row) for row in format_rows(point)]
     columns = "operator", "B x T, D, dtype", *POINT_COLUMNS
-    return text_tables.build_table("Operators", columns, rows, notes(points))
+    return text_tables.build_table("Operators", columns, rows, format_notes(points))
 
 
-def notes(points: Sequence[Point]) -> tuple[str, ...]:
+def format_notes(points: Sequence[Point]) -> tuple[str, ...]:
     run = points[0].run
     methods = sorted({c.method for p in points for c in p.columns.values()})
     missing = {f"{name}: {reason}" for p in points for name, reason in p.missing.items()}

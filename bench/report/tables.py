@@ -1,22 +1,21 @@
 """Tables of the report as text: a function for each kind of record."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from bench.cases import PAPER_MS
 from bench.common import text_tables
 from bench.common.machine import MachineRecord
 from bench.common.records import Run
-from bench.common.text_tables import NOTHING, Row
+from bench.common.text_tables import NOTHING, Row, format_scaled
+from bench.measure import in_loop, sweep, train_step
 from bench.measure import profile as profiles
 from bench.measure.in_loop import InLoop
 from bench.measure.profile import Profile
 from bench.measure.sweep import Point
-from bench.measure.train_step import Steps, StepTiming
+from bench.measure.train_step import Steps
 from bench.report.select import (
-    KERNEL_BACKENDS,
     PARSERS,
     SourcedRecord,
     group_sweeps,
@@ -55,14 +54,6 @@ def plain_markdown(line: str) -> str:
     return " ".join(line.replace("|", "\\|").replace("<", "&lt;").split())
 
 
-def format_ratio(base: float | None, value: float) -> str:
-    return f"{base / value:.2f}x" if base else NOTHING
-
-
-def format_scaled(value: float | None, unit: float, digits: int = 1) -> str:
-    return NOTHING if value is None else f"{value / unit:,.{digits}f}"
-
-
 def machine_overview(records: Sequence[SourcedRecord]) -> Table:
     """Return a row for each device with the newest values of its records."""
     shown = [r for kind in PARSERS for r in newest(records, kind)]
@@ -87,9 +78,9 @@ def machine_overview(records: Sequence[SourcedRecord]) -> Table:
 
 def profile_table(record: SourcedRecord[Profile]) -> Table:
     profile = record.data
-    *rows, total = profiles.cells(profile)
+    *rows, total = profiles.format_cells(profile)
     title = f"{record.device}, backend {record.run['backend']}"
-    notes = f"{profiles.headline(profile)}.", *profiles.notes(profile)
+    notes = f"{profiles.format_headline(profile)}.", *profiles.format_notes(profile)
     return Table(title, profiles.PROFILE_COLUMNS, rows, notes, list_sources([record]), total)
 
 
@@ -105,17 +96,13 @@ def sweep_tables(records: Sequence[SourcedRecord]) -> list[Table]:
     """Return a table for each device, width and operator."""
     return [
         sweep_table(list(points))
-        for sweep in group_sweeps(records)
-        for _, points in groupby(sweep, key=lambda record: record.data.op)
+        for group in group_sweeps(records)
+        for _, points in groupby(group, key=lambda record: record.data.op)
     ]
 
 
 def sweep_table(records: Sequence[SourcedRecord[Point]]) -> Table:
     """Return one operator's table: a row for each shape and implementation."""
-    columns = (
-        *("shape", "implementation", "forward us", "backward us", "both us", "host us"),
-        *("launches fwd/bwd", "GB/s", "% of copy", "vs eager"),
-    )
     first = records[0]
     notes = (
         f"{text_tables.width_text(first.run['shape'])}; {_describe_methods(records)}. GB/s counts "
@@ -124,8 +111,12 @@ def sweep_table(records: Sequence[SourcedRecord[Point]]) -> Table:
         "on one token.",
         *list_failures(records),
     )
-    rows = [row for record in records for row in _point_rows(record.data)]
-    title = f"{first.data.title}, {first.device}"
+    rows = [
+        (text_tables.size_text(record.run["shape"]), *row)
+        for record in records
+        for row in sweep.format_rows(record.data)
+    ]
+    title, columns = f"{first.data.title}, {first.device}", ("shape", *sweep.POINT_COLUMNS)
     return Table(title, columns, rows, notes, list_sources(records))
 
 
@@ -141,54 +132,10 @@ def _describe_methods(records: Sequence[SourcedRecord[Point]]) -> str:
     return "; ".join(f"{', '.join(names)}: {method}" for method, names in names_by_method.items())
 
 
-def _point_rows(point: Point) -> Iterator[Row]:
-    """Yield a row for each implementation at one shape, the failed ones last."""
-    size = text_tables.size_text(point.run["shape"])
-    eager = point.columns["eager"].seconds[2] if "eager" in point.columns else None
-    for name, column in point.columns.items():
-        rate = point.bytes_per_second(name)
-        yield (
-            *(size, name),
-            *(format_scaled(s, 1e-6) for s in (*column.seconds, column.host_seconds)),
-            " / ".join(map(str, column.launches)) if column.launches else NOTHING,
-            f"{rate / 1e9:.1f}",
-            f"{100 * rate / point.copy_bytes_per_second:.0f}%",
-            format_ratio(eager, column.seconds[2]),
-        )
-    for name in point.failed:
-        yield (size, name, "failed", *[NOTHING] * 7)
-
-
 def in_loop_table(record: SourcedRecord[InLoop]) -> Table:
-    columns = (
-        *("operator", "implementation", "calls fwd/bwd", "forward ms/step", "backward ms/step"),
-        "both ms/step",
-    )
-    rows: list[Row] = [
-        (
-            *(row.title, row.implementation, f"{row.forward_calls} / {row.backward_calls}"),
-            *(f"{ms:.2f}" for ms in (row.forward_ms, row.backward_ms, row.ms)),
-        )
-        for row in record.data.rows
-    ]
-    totals = sum_operators(record.data)
-    rows += [("all operators", name, "", "", "", f"{ms:.2f}") for name, ms in totals.items()]
-    steps = ", ".join(f"{name} {ms:.1f} ms" for name, ms in record.data.step_ms.items())
-    notes = [
-        f"{preset_text(record.run)}. Self time of the operators on the device within whole "
-        f"training steps. A whole step: {steps}."
-    ]
-    for name in KERNEL_BACKENDS:
-        if name in totals and "eager" in totals:
-            ratio = format_ratio(totals["eager"], totals[name])
-            notes.append(f"The operators on {name} are {ratio} faster than eager PyTorch.")
-    if "capability" in record.run:
-        notes.append(
-            "The paper's own figures, on 8 H100 at its batch, not this machine: "
-            f"{PAPER_MS['eager']} ms eager, {PAPER_MS['fused']} ms with its kernels."
-        )
     title = f"{record.run['preset']}, {record.device}"
-    return Table(title, columns, rows, notes, list_sources([record]))
+    rows, notes = in_loop.format_rows(record.data), in_loop.format_notes(record.data)
+    return Table(title, in_loop.IN_LOOP_COLUMNS, rows, notes, list_sources([record]))
 
 
 def sum_operators(result: InLoop) -> dict[str, float]:
@@ -205,37 +152,12 @@ def preset_text(run: Run) -> str:
 
 
 def step_table(record: SourcedRecord[Steps]) -> Table:
-    rows, run = record.data.rows, record.run
-    parts = list(dict.fromkeys(part for row in rows for part in row.breakdown))
-    columns = (
-        *("residual", "implementation", "checkpointing", "loader ms", "gradients ms", "update ms"),
-        *("step ms", "tokens/s", "TFLOP/s", "% of matmul", "peak GB"),
-        *(f"{part} ms" for part in parts),
-    )
-    peak_rate = run.get("matmul_flops_per_second")
-    notes = (
-        f"{preset_text(run)}; medians of {run['repeats']} steps. The loader's time is not part of "
-        "a step. % of matmul: TFLOP/s compared with a matrix product measured in the same run. "
-        "The parts are from a profiled step; launch gaps: the time of a step without the profiler "
-        "beyond the other parts.",
-        *(f"{variant}: {reason}" for variant, reason in record.data.failed.items()),
-    )
-    cells = [_step_cells(row, parts, peak_rate) for row in rows]
-    title = f"{run['preset']}, {record.device}"
-    return Table(title, columns, cells, notes, list_sources([record]))
-
-
-def _step_cells(row: StepTiming, parts: Sequence[str], peak_rate: float | None) -> Row:
-    rate = row.flops / row.step
-    return (
-        *(row.residual, row.implementation, row.checkpointing),
-        *(format_scaled(s, 1e-3) for s in (row.loader, row.gradients, row.update, row.step)),
-        format_scaled(row.tokens_per_second, 1, 0),
-        format_scaled(rate, 1e12, 3),
-        f"{100 * rate / peak_rate:.0f}%" if peak_rate else NOTHING,
-        format_scaled(row.peak_bytes, 1e9, 2),
-        *(format_scaled(row.breakdown.get(part), 1e-3) for part in parts),
-    )
+    parts, breakdown = train_step.format_breakdown(record.data)
+    columns = (*train_step.STEP_COLUMNS, *parts[3:])
+    timings = train_step.format_rows(record.data)
+    rows = [(*row, *own[3:]) for row, own in zip(timings, breakdown, strict=True)]
+    title, notes = f"{record.run['preset']}, {record.device}", train_step.format_notes(record.data)
+    return Table(title, columns, rows, notes, list_sources([record]))
 
 
 def traffic_table(record: SourcedRecord[TrafficRecord]) -> Table:

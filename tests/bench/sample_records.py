@@ -1,8 +1,10 @@
 """Records of every kind, as the commands write them, from two machines that do not exist."""
 
 import itertools
+from dataclasses import asdict
 
 from bench.cases import CASES, PROFILE, Shape, calls_per_step
+from model.config import preset
 
 CPU = {"device": "A CPU", "threads": 2, "instruction_set": "AVX2"}
 GPU = {
@@ -88,7 +90,7 @@ def ops(case=CASES[3], device=GPU, batch=4, **columns):
     }
 
 
-CONFIG = {"depth": 400, "dim": 32, "heads": 2, "ffn": 96, "batch": 8, "precision": "fp32"}
+CONFIG = asdict(preset("collapse400", device="cpu"))
 TRAINED = {"preset": "collapse400", "config": CONFIG, "repeats": 7}
 
 

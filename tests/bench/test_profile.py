@@ -55,7 +55,7 @@ def test_the_time_of_a_step_is_calls_times_seconds():
 def test_the_total_leaves_out_replaced_operators():
     rows = [row(part_of="fused"), row(part_of="fused"), row(op="fused"), row(op="other")]
     assert a_profile(rows).total(lambda r: 1) == 2
-    *_, total = profile.cells(a_profile(rows))
+    *_, total = profile.format_cells(a_profile(rows))
     assert total[0] == "total, this machine" and total[4:7] == ("12000", "6000", "3000")
     assert total[7:9] == ("4.00x", "2.00x")
 
