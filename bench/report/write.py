@@ -41,7 +41,7 @@ def readme_sections(records: Sequence[SourcedRecord]) -> dict[str, str]:
 
 
 def write_readme(records: Sequence[SourcedRecord], root: Path) -> list[Path]:
-    """Write the generated sections and the picture of a checkout; return the files."""
+    """Write the generated sections of a checkout's READMEs; return the files."""
     for name, section in readme_sections(records).items():
         path, (begin, end) = root / PAGES[name], (mark.format(name) for mark in MARKS)
         before, rest = path.read_text(encoding="utf-8").split(begin)

@@ -1,7 +1,6 @@
 """Tables, figures, headlines and default backends that bench.report makes of records."""
 
 import json
-import pathlib
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import pytest
 from bench import __main__ as cli
 from bench.cases import CASES
 from bench.common import records
+from bench.common.records import ROOT
 from bench.report import figures, plots, render, select, tables, write
 from mvsplit_ops import _backends
 from tests.bench.sample_records import (
@@ -27,8 +27,6 @@ from tests.bench.sample_records import (
     step,
     traffic,
 )
-
-ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
 def fill_folder(path, jsons):
