@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure as Drawing
 
 from bench.cases import PAPER_MS
+from bench.common.records import Run
 from bench.common.text_tables import shape_text, width_text
 from bench.measure.in_loop import InLoop
 from bench.measure.profile import OperatorTiming, Profile
@@ -22,7 +23,7 @@ from bench.report.select import (
     list_sources,
     named_profile,
 )
-from bench.report.tables import predict_gpus, preset_text, sum_operators
+from bench.report.tables import predict_gpus
 from bench.static.traffic_record import TrafficRecord
 
 BYTES_LABEL, RATE_LABEL = "MB that a forward and a backward must move", "GB/s on those bytes"
@@ -151,6 +152,13 @@ def _times_over_tokens(sweep: Sequence[SourcedRecord[Point]]) -> Figure | None:
     )
 
 
+def preset_text(run: Run) -> str:
+    """Return a training run's preset and the fields of its configuration that decide the time."""
+    names = "depth", "dim", "heads", "ffn", "batch", "precision"
+    fields = (f"{name} {run['config'][name]}" for name in names if name in run["config"])
+    return ", ".join((run["preset"], *fields))
+
+
 def step_figure(record: SourcedRecord[Steps]) -> Figure:
     rows = []
     for row in record.data.rows:
@@ -173,7 +181,8 @@ def in_loop_figure(record: SourcedRecord[InLoop]) -> Figure:
         title = CASES_BY_OP[CASES_BY_OP[row.op].part_of or row.op].title
         ms = values.setdefault(title, {})
         ms[row.implementation] = ms.get(row.implementation, 0.0) + row.ms
-    values["all operators"] = sum_operators(record.data)
+    names = dict.fromkeys(row.implementation for row in record.data.rows)
+    values["all operators"] = {name: record.data.total_ms(name) for name in names}
     return Figure(
         f"Operators within a training step, {record.run['preset']}, {record.device}",
         plots.bars({"": values}, "ms per optimizer step"),

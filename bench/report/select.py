@@ -55,10 +55,13 @@ def _parse_machine(json: dict[str, Any]) -> MachineRecord:
 
 # kind: (parser of a record, fields of "run" that its table and figures show)
 PARSERS: dict[str, tuple[Callable[[dict[str, Any]], Any], tuple[str, ...]]] = {
-    "profile": (Profile.from_json, ("device", "shape", "backend", "blocks")),
+    "profile": (
+        Profile.from_json,
+        ("device", "threads", "instruction_set", "shape", "backend", "blocks"),
+    ),
     "ops": (Point.from_json, ("device", "shape", "repeats")),
-    "in_loop": (InLoop.from_json, ("device", "preset", "config")),
-    "step": (Steps.from_json, ("device", "preset", "config", "repeats")),
+    "in_loop": (InLoop.from_json, ("device", "threads", "preset", "config", "repeats")),
+    "step": (Steps.from_json, ("device", "threads", "preset", "config", "repeats")),
     "traffic": (TrafficRecord.from_json, ("shape",)),
     "machine": (_parse_machine, ("device",)),
     "resources": (ResourceRecord.from_json, ("shape",)),

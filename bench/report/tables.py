@@ -7,7 +7,6 @@ from typing import Any
 
 from bench.common import text_tables
 from bench.common.machine import MachineRecord
-from bench.common.records import Run
 from bench.common.text_tables import NOTHING, Row, format_scaled
 from bench.measure import in_loop, sweep, train_step
 from bench.measure import profile as profiles
@@ -138,19 +137,6 @@ def in_loop_table(record: SourcedRecord[InLoop]) -> Table:
     return Table(title, in_loop.IN_LOOP_COLUMNS, rows, notes, list_sources([record]))
 
 
-def sum_operators(result: InLoop) -> dict[str, float]:
-    """Return {implementation: milliseconds per step of all its operators}."""
-    names = dict.fromkeys(row.implementation for row in result.rows)
-    return {name: result.total_ms(name) for name in names}
-
-
-def preset_text(run: Run) -> str:
-    """Return a training run's preset and the fields of its configuration that decide the time."""
-    names = "depth", "dim", "heads", "ffn", "batch", "precision"
-    fields = (f"{name} {run['config'][name]}" for name in names if name in run["config"])
-    return ", ".join((run["preset"], *fields))
-
-
 def step_table(record: SourcedRecord[Steps]) -> Table:
     parts, breakdown = train_step.format_breakdown(record.data)
     columns = (*train_step.STEP_COLUMNS, *parts[3:])
@@ -162,10 +148,8 @@ def step_table(record: SourcedRecord[Steps]) -> Table:
 
 def traffic_table(record: SourcedRecord[TrafficRecord]) -> Table:
     columns, rows, total = traffic_record.format_cells(record.data)
-    title, notes = (
-        text_tables.size_text(record.run["shape"]),
-        traffic_record.format_notes(record.data),
-    )
+    title = text_tables.size_text(record.run["shape"])
+    notes = traffic_record.format_notes(record.data)
     return Table(title, columns, rows, notes, list_sources([record]), total)
 
 
@@ -240,9 +224,7 @@ def machine_table(record: SourcedRecord[MachineRecord]) -> Table:
 
 
 def resource_table(record: SourcedRecord[ResourceRecord]) -> Table:
-    rows, notes = (
-        kernel_resources.format_cells(record.data),
-        kernel_resources.format_notes(record.data),
-    )
+    rows = kernel_resources.format_cells(record.data)
+    notes = kernel_resources.format_notes(record.data)
     title, columns = text_tables.shape_text(record.run["shape"]), kernel_resources.RESOURCE_COLUMNS
     return Table(title, columns, rows, notes, list_sources([record]))
