@@ -86,7 +86,7 @@ def compile_kernels(
 def missing_reason(backend: str, architectures: Sequence[int] = ARCHITECTURES) -> str | None:
     """Return why a backend's kernels cannot be compiled here, or None if they can."""
     if backend == "triton":
-        return _backends.missing("triton", _backends.OPS[0], "cuda") or _interpreter_reason()
+        return _backends.find_missing("triton", _backends.OPS[0], "cuda") or _interpreter_reason()
     try:
         for tool in machine_code.CUBIN_TOOLS:
             machine_code.find_tool(tool)
@@ -105,7 +105,7 @@ def record_kernel_ops(case: Case, shape: Shape) -> list[tuple[Any, tuple]]:
     return [(kernel_op, args[:-1]) for kernel_op, args, _ in recorder.calls]
 
 
-def select_compiler() -> compile.Nvrtc | compile.Nvcc:
+def select_compiler() -> compile.Compiler:
     """Return NVRTC, or nvcc without it. RuntimeError: neither is installed."""
     try:
         return compile.nvrtc()
@@ -118,7 +118,7 @@ def select_compiler() -> compile.Nvrtc | compile.Nvcc:
 def _compile_cuda(
     call: str, architecture: int, op: str, direction: str, args: tuple
 ) -> dict[Hashable, CompiledKernel]:
-    with catalogue.recording(get_limits(architecture).architecture) as recorder:
+    with catalogue.record_launches(get_limits(architecture).architecture) as recorder:
         getattr(_cuda, f"{op}_{direction}")(*args)
     return {
         (program, replace(launch, grid=0)): _read_cuda(call, architecture, program, launch)
@@ -213,7 +213,7 @@ def _interpreter_reason() -> str | None:
 def _compile_triton(
     call: str, architecture: int, op: str, direction: str, args: tuple
 ) -> dict[Hashable, CompiledKernel]:
-    launch = _backends.kernel("triton", op, f"_{direction}", "cuda")
+    launch = _backends.load_kernel("triton", op, f"_{direction}", "cuda")
     with compile_only(architecture) as compiled:
         launch(*args)
     kernels: dict[Hashable, CompiledKernel] = {}

@@ -55,7 +55,9 @@ def measure(
     triton_interpreter.use()
     run = describe_run(shape)
     with cuda_emulator.using():
-        reasons = {b: _backends.missing(b, _backends.OPS[0], "cpu") for b in _backends.BACKENDS}
+        reasons = {
+            b: _backends.find_missing(b, _backends.OPS[0], "cpu") for b in _backends.BACKENDS
+        }
     available = [b for b, reason in reasons.items() if reason is None]
     selected = [(case, _select_backends(case, available, shape, published)) for case in cases]
     steps = sum(len(backends) for _, backends in selected)
@@ -123,7 +125,7 @@ def count(
         counter = counters[direction]
         if backend in KERNEL_COUNTERS:
             with KERNEL_COUNTERS[backend](counter), EagerCounter(counter):
-                _backends.kernel(backend, op, f"_{direction}", "cpu")(*args[:-1])
+                _backends.load_kernel(backend, op, f"_{direction}", "cpu")(*args[:-1])
         else:
             counter.count_call(args, results)
     return counters

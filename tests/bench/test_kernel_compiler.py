@@ -97,7 +97,7 @@ from mvsplit_ops import _backends
 (case,) = (c for c in CASES if c.op == "mvsplit_rmsnorm_with_mean")
 (_, args), *_ = kernel_compiler.record_kernel_ops(case, Shape())
 with kernel_compiler.compile_only(90) as compiled:
-    _backends.kernel("triton", "mvsplit_rmsnorm", "_fwd", "cuda")(*args)
+    _backends.load_kernel("triton", "mvsplit_rmsnorm", "_fwd", "cuda")(*args)
 ptx = compiled[1][0].asm["ptx"]
 print(*re.findall(r"st\\.global|bar\\.sync|atom\\.[\\w.:]+|ld\\.global\\.cg", ptx))
 """

@@ -71,7 +71,7 @@ def test_every_launch_of_the_cuda_backend_has_a_row(record):
 
 def test_a_row_describes_the_launch_and_the_compiled_kernel(record):
     (row,) = (row for row in record.rows if row.name == "cluster_bwd")
-    with catalogue.recording("sm_90a") as recorder:
+    with catalogue.record_launches("sm_90a") as recorder:
         for op, args in record_kernel_ops(MERGE[0], Shape()):
             getattr(catalogue._cuda, op.__name__.split(".")[0])(*args)
     (launch,) = (launch for _, launch in recorder.launches if launch.kernel == "cluster_bwd")

@@ -29,7 +29,7 @@ from bench.common.records import ROOT
 from bench.static.byte_counter import ByteCounter
 from mvsplit_ops import _backends
 from mvsplit_ops._cuda import device
-from mvsplit_ops._cuda.launch import LIMITS, Launch, Limits, Program, pack
+from mvsplit_ops._cuda.launch import LIMITS, Argument, Launch, Limits, Program, pack
 
 HERE = Path(__file__).parent
 KERNELS = ROOT / "csrc" / "cuda"
@@ -61,7 +61,7 @@ class Emulator:
         with _disable_current_modes():  # a launcher's operations are counted, this one is not
             return t.fill_(math.nan if t.is_floating_point() else -1)
 
-    def launch(self, program: Program, launch: Launch, args: tuple) -> None:
+    def launch(self, program: Program, launch: Launch, args: Sequence[Argument]) -> None:
         if launch.grid == 0:
             return
         engine = _load_engine()
@@ -195,8 +195,8 @@ def install(limits: Limits = HOPPER) -> Emulator:
 
 
 def _clear_backend_caches() -> None:
-    _backends.missing.cache_clear()
-    _backends.kernel.cache_clear()
+    _backends.find_missing.cache_clear()
+    _backends.load_kernel.cache_clear()
 
 
 @contextlib.contextmanager
