@@ -151,7 +151,7 @@ def _floor(name: str) -> int:
 
 
 def shared_names(sources: dict[str, str], package: str) -> dict[str, list[str]]:
-    """Return {public class or constant: modules} of those that several modules of a package define."""
+    """Return {class or constant: modules} of those that several modules of a package define."""
     modules: dict[str, list[str]] = {}
     for name, source in sources.items():
         if _package(name) == package:

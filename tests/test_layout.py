@@ -1,14 +1,18 @@
-"""The structure of the checkout: who imports whom, which files belong together, what is named once."""
+"""The structure of the checkout: imports, names, files that belong together, README files."""
 
 import ast
 import inspect
 import re
+import shlex
 
 import pytest
 import torch
 
 import mvsplit_ops as mv
+from bench import __main__ as bench_commands
 from bench.cases import CASES, PROFILE, calls_per_step
+from model import options as model_options
+from mvsplit_ops import __main__ as library_commands
 from mvsplit_ops import _backends, reference
 from tests.import_graph import ROOT, import_graph, read_sources, shared_names, structural_faults
 
@@ -172,20 +176,72 @@ def test_public_signatures_agree_with_their_schemas():
                 assert argument.default_value == parameter.default
 
 
-def test_readme_names_real_commands_and_files():
-    text = (ROOT / "README.md").read_text()
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
-    used = set(re.findall(r"^make (\w+)", text, re.M))
-    assert {"profile", "test"} <= used <= targets
-    for module in re.findall(r"python -m (\w+)", text):
-        if module not in ("pip", "pytest"):
-            assert (ROOT / module / "__main__.py").is_file(), module
-    tree = text.split("## Layout")[1].split("```")[1]
+PAGES = sorted(p for p in ROOT.glob("**/*.md") if ".venv" not in p.parts and "build" not in p.parts)
+GUIDES = [p for p in PAGES if p.name in ("README.md", "CONTRIBUTING.md")]
+
+
+def page_name(path):
+    return str(path.relative_to(ROOT))
+
+
+def shell_commands(page):
+    """The commands of a page's shell blocks, without comments."""
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), re.S)
+    return [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_the_readme_shows_the_two_commands():
+    used = [command[1] for command in shell_commands(ROOT / "README.md") if command[:1] == ["make"]]
+    assert used == ["profile", "test"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=page_name)
+def test_commands_of_the_guides_exist(page):
+    """Every `make` target is defined, and every command line of the packages parses."""
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+    parsers = {
+        "bench": bench_commands.make_parser(),
+        "model": model_options.make_parser(""),
+        "mvsplit_ops": library_commands.make_parser(),
+    }
+    for command in shell_commands(page):
+        if command[:1] == ["make"]:
+            assert command[1] in targets, command
+        if command[:2] == ["python", "-m"] and command[2] in parsers:
+            parsers[command[2]].parse_args(command[3:])
+
+
+def test_the_layout_in_the_readme_names_folders():
+    tree = (ROOT / "README.md").read_text().split("## Layout")[1].split("```")[1]
     for name in re.findall(r"^(\S+)", tree, re.M):
-        assert (ROOT / name).exists(), name
+        assert (ROOT / name).is_dir(), name
 
 
-def test_readme_example_runs():
-    text = (ROOT / "README.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", text, re.S)
-    exec(compile(example, "README.md", "exec"), {})
+EXAMPLES = [
+    (page, example)
+    for page in GUIDES
+    for example in re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    if example.startswith("import ")  # others are parts of a file
+]
+
+
+def test_the_readme_has_one_example():
+    assert [page for page, _ in EXAMPLES if page == ROOT / "README.md"] == [ROOT / "README.md"]
+
+
+@pytest.mark.parametrize(
+    ("page", "example"), EXAMPLES, ids=lambda value: getattr(value, "name", "")
+)
+def test_python_examples_run(page, example):
+    exec(compile(example, str(page), "exec"), {})
