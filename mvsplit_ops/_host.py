@@ -1,48 +1,226 @@
-"""What launchers of any backend do before a launch: allocate, check, find strides. No Triton."""
+"""What the Triton and CUDA launchers share: allocation, strides, checks, modes of head kernels.
+
+The `require_` functions check the arguments of a backward kernel, so that it cannot read out of
+bounds; mvsplit_ops/_check.py checks what a user passes to an operator.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
+
+Tables = tuple[Tensor, Tensor] | tuple[()]  # cos and sin, or none
+_T = TypeVar("_T", Tensor, Tensor | None)
+
+# Most rows of partial sums of a head weight's gradient: several programs or blocks for each of 132
+# SMs, and few rows to add.
+MOST_PARTIALS = 1024
 
 
-def accumulator(dtype):
+class HeadModes(NamedTuple):
+    """Modes of the kernel pair of rope, qk_norm and rope_qk_norm."""
+
+    interleaved: bool = False  # pairs (2i, 2i + 1) instead of (i, i + Dh/2)
+    conjugate: bool = False  # rotate by -theta
+    norm_first: bool = False  # normalise and weigh before the rotation
+
+
+class HeadLaunchers:
+    """The launchers of rope, qk_norm and rope_qk_norm, which are modes of one pair of kernels.
+
+    forward   (xs, weights, tables, eps, modes, norm=True) -> (results, rstds) of x, or of q and k
+    backward  (dys, saved, rstds, weights, tables, modes) -> dq, dk, dq_weight, dk_weight
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., tuple[list[Tensor], list[Tensor]]],
+        backward: Callable[..., tuple[Tensor, ...]],
+    ) -> None:
+        self._forward, self._backward = forward, backward
+
+    def rope_fwd(
+        self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, conjugate: bool
+    ) -> Tensor:
+        modes = HeadModes(interleaved, conjugate)
+        return self._forward([x], [None], (cos, sin), 0.0, modes, norm=False)[0][0]
+
+    def rope_bwd(
+        self, dy: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, conjugate: bool
+    ) -> Tensor:
+        return self.rope_fwd(dy, cos, sin, interleaved, not conjugate)
+
+    def qk_norm_fwd(
+        self, q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float
+    ) -> tuple[Tensor, ...]:
+        ys, rstds = self._forward([q, k], [q_weight, k_weight], (), eps, HeadModes())
+        return *ys, *rstds
+
+    def qk_norm_bwd(
+        self,
+        dq: Tensor,
+        dk: Tensor,
+        q: Tensor,
+        k: Tensor,
+        q_rstd: Tensor,
+        k_rstd: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        rstds, weights = [q_rstd, k_rstd], [q_weight, k_weight]
+        return self._backward([dq, dk], [q, k], rstds, weights, (), HeadModes())
+
+    def rope_qk_norm_fwd(
+        self,
+        q: Tensor,
+        k: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        eps: float,
+        *modes: bool,
+    ) -> tuple[Tensor, ...]:
+        weights, tables = [q_weight, k_weight], (cos, sin)
+        ys, rstds = self._forward([q, k], weights, tables, eps, HeadModes(*modes))
+        return *ys, *rstds
+
+    def rope_qk_norm_bwd(
+        self,
+        dq: Tensor,
+        dk: Tensor,
+        q: Tensor,
+        k: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        q_rstd: Tensor,
+        k_rstd: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        *modes: bool,
+    ) -> tuple[Tensor, ...]:
+        rstds, weights, tables = [q_rstd, k_rstd], [q_weight, k_weight], (cos, sin)
+        return self._backward([dq, dk], [q, k], rstds, weights, tables, HeadModes(*modes))
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which kernels of an activation dtype compute and store statistics."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def new(like, shape, dtype=None):
+def new_empty(like: Tensor, shape: Sequence[int] | int, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
 
 
-def require(name, t, shape, *dtypes):
-    """The arguments of a backward kernel belong together: it reads no byte beside its tensors."""
-    got = None if t is None else (t.dtype, tuple(t.shape))
-    if got is None or got[1] != tuple(shape) or got[0] not in dtypes:
-        expected = f"{' or '.join(map(str, dict.fromkeys(dtypes)))} {tuple(shape)}"
-        raise RuntimeError(f"mvsplit_ops: {name} must be {expected}, got {got}")
+def new_statistics(like: Tensor, *shape: int) -> Tensor:
+    return new_empty(like, shape, accumulator_dtype(like.dtype))
 
 
-def require_parameter(name, p, size, dtype):
-    """p is None or a vector of `size`, in float32 or the dtype of the activations."""
+def describe(t: object) -> str:
+    """Return `bfloat16 (4, 320, 1024)` for a tensor, the repr of anything else."""
+    if isinstance(t, Tensor):
+        return f"{format_dtypes(t.dtype)} {format_shape(t.shape)}"
+    return repr(t)
+
+
+def format_dtypes(*dtypes: torch.dtype, separator: str = " or ") -> str:
+    """Return the names of dtypes, each once."""
+    return separator.join(str(d).removeprefix("torch.") for d in dict.fromkeys(dtypes))
+
+
+def format_shape(shape: Sequence[int]) -> str:
+    return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
+
+
+def require(name: str, t: Tensor | None, shape: Sequence[int], *dtypes: torch.dtype) -> None:
+    """Raise RuntimeError unless t has this shape and one of these dtypes."""
+    if t is None or t.dtype not in dtypes or tuple(t.shape) != tuple(shape):
+        expected = f"{format_dtypes(*dtypes)} {format_shape(shape)}"
+        raise RuntimeError(f"mvsplit_ops: {name} must be {expected}, got {describe(t)}")
+
+
+def require_parameter(name: str, p: Tensor | None, size: int, dtype: torch.dtype) -> None:
+    """Raise RuntimeError unless p is None or (size,) in float32 or the dtype of the activations."""
     if p is not None:
         require(name, p, (size,), torch.float32, dtype)
 
 
-def dense(*tensors):
-    """Each tensor contiguous, None as it is."""
+def require_merge(
+    dy: Tensor,
+    saved: Tensor,
+    f: Tensor,
+    parameters: Sequence[Tensor | None],
+    rstd: Tensor,
+    means: tuple[Tensor, Tensor],
+    segments: Sequence[int],
+) -> None:
+    """Check the arguments of mvsplit_rmsnorm_bwd.
+
+    parameters: alpha, beta, weight;  means: jx, jf
+    """
+    B, T, D = dy.shape
+    if sum(segments) != T:
+        raise RuntimeError(f"mvsplit_ops: segments must sum to T = {T}, got {tuple(segments)}")
+    require("saved", saved, dy.shape, dy.dtype)
+    require("f", f, dy.shape, dy.dtype)
+    for name, p in zip(("alpha", "beta", "weight"), parameters, strict=True):
+        require_parameter(name, p, D, dy.dtype)
+    require("rstd", rstd, (B, T), accumulator_dtype(dy.dtype))
+    for name, t in zip(("jx", "jf"), means, strict=True):
+        require(name, t, (B, len(segments), D), accumulator_dtype(dy.dtype))
+
+
+def require_residual(
+    dy: Tensor,
+    saved: Tensor,
+    f: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    rstd: Tensor,
+) -> None:
+    """Check the arguments of residual_rmsnorm_bwd."""
+    B, T, D = dy.shape
+    require("saved", saved, dy.shape, dy.dtype)
+    require("rstd", rstd, (B, T), accumulator_dtype(dy.dtype))
+    if f is not None or scale is not None or weight is not None:
+        require("f", f, dy.shape, dy.dtype)
+    require_parameter("scale", scale, D, dy.dtype)
+    require_parameter("weight", weight, D, dy.dtype)
+
+
+def require_heads(
+    dys: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    rstds: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+) -> None:
+    """Check the arguments of qk_norm_bwd and rope_qk_norm_bwd, each a pair for q and k."""
+    B, T, _, D = saved[0].shape
+    for dy, x, rstd, weight in zip(dys, saved, rstds, weights, strict=True):
+        require("dy", dy, (B, T, x.shape[2], D), saved[0].dtype)
+        require("saved", x, dy.shape, dy.dtype)
+        require("rstd", rstd, x.shape[:3], accumulator_dtype(x.dtype))
+        require_parameter("weight", weight, x.shape[3], x.dtype)
+
+
+def to_contiguous(*tensors: _T) -> list[_T]:
+    """Return each tensor made contiguous, and None for None."""
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def with_rows(t):
-    """t with neighbours in its last dimension one element apart."""
+def to_unit_stride(t: Tensor) -> Tensor:
+    """Return t, or a copy, with neighbours in the last dimension one element apart."""
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def rows(t):
-    """t with rows (its last dimension) a constant stride apart: as it is, or a copy."""
+def to_strided_rows(t: Tensor) -> Tensor:
+    """Return t, or a copy, whose rows (the last dimension) are a constant stride apart."""
     return t if row_stride(t) is not None else t.contiguous()
 
 
-def row_stride(t):
-    """The elements from a row (last dimension) to the next; None when it varies."""
+def row_stride(t: Tensor) -> int | None:
+    """Return the elements from a row (the last dimension) to the next; None if it varies."""
     if t.dim() == 1 or t.is_contiguous():
         return t.shape[-1] if t.stride(-1) == 1 else None
     sizes, strides = t.shape[:-1], t.stride()[:-1]
@@ -50,65 +228,30 @@ def row_stride(t):
     return strides[-1] if nested and t.stride(-1) == 1 else None
 
 
-def tables(pair, x):
-    """cos and sin with rows of one stride, and their (sample, token) strides; (), () for none."""
-    if not pair:
+def prepare_tables(tables: Tables, x: Tensor) -> tuple[Tables, tuple[int, ...]]:
+    """Return cos and sin with equal strides, and their (sample, token) strides; (), () for none."""
+    if not tables:
         return (), ()
-    cos, sin = pair
+    cos, sin = tables
     B, T, _, D = x.shape
     length = max(T, cos.shape[-2])
     expected = (B, length, D // 2) if cos.dim() == 3 else (length, D // 2)
-    for name, t in (("cos", cos), ("sin", sin)):
-        require(name, t, expected, torch.float32, x.dtype)
+    require("cos", cos, expected, torch.float32, x.dtype)
+    require("sin", sin, expected, torch.float32, x.dtype)
     if cos.stride(-1) != 1 or sin.stride() != cos.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
     return (cos, sin), (cos.stride(0) if cos.dim() == 3 else 0, cos.stride(-2))
 
 
-def require_merge(dy, kept, f, alpha, beta, weight, rstd, jx, jf, segments):
-    """The arguments of mvsplit_rmsnorm_bwd."""
-    B, T, D = dy.shape
-    if sum(segments) != T:
-        raise RuntimeError(f"mvsplit_ops: segments must sum to T = {T}, got {tuple(segments)}")
-    for name, t in (("y", kept), ("f", f)):
-        require(name, t, dy.shape, dy.dtype)
-    for name, t in (("alpha", alpha), ("beta", beta), ("weight", weight)):
-        require_parameter(name, t, D, dy.dtype)
-    require("rstd", rstd, (B, T), accumulator(dy.dtype))
-    for name, t in (("jx", jx), ("jf", jf)):
-        require(name, t, (B, len(segments), D), accumulator(dy.dtype))
-
-
-def require_residual(dy, kept, f, scale, weight, rstd):
-    """The arguments of residual_rmsnorm_bwd."""
-    B, T, D = dy.shape
-    require("y", kept, dy.shape, dy.dtype)
-    require("rstd", rstd, (B, T), accumulator(dy.dtype))
-    if f is not None or scale is not None or weight is not None:
-        require("f", f, dy.shape, dy.dtype)
-    for p in (scale, weight):
-        require_parameter("a parameter", p, D, dy.dtype)
-
-
-def require_heads(dys, kept, rstds, weights):
-    """The arguments of a backward over the heads of q and k."""
-    B, T, _, D = kept[0].shape
-    for dy, x, rstd, weight in zip(dys, kept, rstds, weights, strict=True):
-        require("dy", dy, (B, T, x.shape[2], D), kept[0].dtype)
-        require("y", x, dy.shape, dy.dtype)
-        require("rstd", rstd, x.shape[:3], accumulator(x.dtype))
-        require_parameter("weight", weight, x.shape[3], x.dtype)
-
-
-def ceil_div(a, b):
+def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def power_of_two(n):
-    """The least power of two that is not less than n."""
+def next_power_of_two(n: int) -> int:
+    """Return the least power of two that is not less than n."""
     return 1 << max(n - 1, 0).bit_length()
 
 
-def blocks(segments, share):
-    """Blocks of at most `share` tokens in a sample; none crosses the end of a segment."""
+def count_blocks(segments: Sequence[int], share: int) -> int:
+    """Return the blocks of at most `share` tokens of a sample; none crosses a segment's end."""
     return sum(ceil_div(tokens, share) for tokens in segments)

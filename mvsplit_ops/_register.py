@@ -1,33 +1,57 @@
-"""Registration with torch.library, for every operator and every backend, in one place.
+"""Registration of every operator with torch.library, for all backends.
 
 An operator is three registered ops:
 
     mvsplit::<op>       what users call; CompositeImplicitAutograd, so it is traced as the next two
-    mvsplit::<op>_fwd   a kernel: the results, and the statistics that backward needs
-    mvsplit::<op>_bwd   a kernel: the gradients
+    mvsplit::<op>_fwd   a kernel op: the results, and the statistics that backward needs
+    mvsplit::<op>_bwd   a kernel op: the gradients
 
-The last argument of a kernel op names the backend, so a call's choice is part of a compiled graph
-and of its backward. `reference` has no kernel: it is plain PyTorch, differentiable any number of
-times.
+The last argument of a kernel op names the backend, so the choice of a call is part of a compiled
+graph and of its backward. `reference` has no kernel: it is plain PyTorch, differentiable any number
+of times.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from mvsplit_ops import _backends, _check
 
 _LIB = torch.library.Library("mvsplit", "DEF")
 
 
+class Context(Protocol):
+    """The ctx of autograd, with what the operators store in it."""
+
+    needs_input_grad: tuple[bool, ...]
+    backend: str
+    modes: tuple[bool, ...]  # rope, rope_qk_norm
+    segments: list[int]  # mvsplit_rmsnorm
+
+    @property
+    def saved_tensors(self) -> tuple[Any, ...]: ...
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+    def mark_non_differentiable(self, *outputs: Tensor) -> None: ...
+
+
+Gradients = tuple[Tensor | None, ...]
+Kernel = Callable[..., Any]  # <op>_bwd: a gradient, or several
+
+
 @dataclass(frozen=True)
 class Op:
-    """One operator: its schemas, and what torch needs to know that a kernel cannot tell.
+    """One operator: its schemas, and the functions with which torch.library registers it.
 
     fwd, bwd     schemas after the name; both end in `str backend`
-    results      how many of fwd's outputs have a gradient; the rest are statistics
-    activations  fwd's arguments that autocast casts (the first ones)
+    results      number of outputs of fwd that have a gradient; the rest are statistics
+    activations  number of arguments of fwd that autocast casts (the first ones)
     reference    (*fwd inputs) -> results
     check        (*fwd inputs) -> None or ValueError
     fake_fwd     (*fwd inputs) -> empty outputs of fwd;  fake_bwd likewise
@@ -40,39 +64,39 @@ class Op:
     bwd: str
     results: int
     activations: int
-    reference: Callable
-    check: Callable
-    fake_fwd: Callable
-    fake_bwd: Callable
-    save: Callable
-    backward: Callable
+    reference: Callable[..., Any]
+    check: Callable[..., None]
+    fake_fwd: Callable[..., Tensor | tuple[Tensor, ...]]
+    fake_bwd: Callable[..., Tensor | tuple[Tensor, ...]]
+    save: Callable[..., None]
+    backward: Callable[..., Gradients]
 
-    def __call__(self, *inputs, backend, outputs=None):
-        """Run the operator on fwd's inputs; returns the results, or the first `outputs`."""
+    def __call__(self, *inputs: Any, backend: str | None, outputs: int | None = None) -> Any:
+        """Run the operator on the inputs of fwd; return the results, or the first `outputs`."""
         count = outputs or self.results
         backend = _backends.resolve(self.name, backend, inputs[0])
         if backend == "reference":
             inputs = _cast_for_autocast(self, inputs, inputs[0].device.type)
             self.check(*inputs)
             return self.reference(*inputs)
-        given = getattr(torch.ops.mvsplit, self.name + "_fwd")(*inputs, backend)
+        results = getattr(torch.ops.mvsplit, self.name + "_fwd")(*inputs, backend)
         if count == 1:
-            return given if isinstance(given, torch.Tensor) else given[0]
-        return given[:count]
+            return results if isinstance(results, Tensor) else results[0]
+        return results[:count]
 
 
-def register(op):
-    """Register the kernel ops of an operator; returns it."""
+def register(op: Op) -> Op:
+    """Register the kernel ops of an operator, and return it."""
     fwd, bwd = f"{op.name}_fwd", f"{op.name}_bwd"
     _LIB.define(fwd + op.fwd)
     _LIB.define(bwd + op.bwd)
 
-    def run_fwd(*args):
+    def run_fwd(*args: Any) -> Any:
         op.check(*args[:-1])
-        return _run(op.name, "_fwd", args)
+        return _run_kernel(op.name, "_fwd", args)
 
-    def run_bwd(*args):
-        return _run(op.name, "_bwd", args)
+    def run_bwd(*args: Any) -> Any:
+        return _run_kernel(op.name, "_bwd", args)
 
     for key in ("CPU", "CUDA"):
         _LIB.impl(fwd, run_fwd, key)
@@ -83,27 +107,33 @@ def register(op):
     return op
 
 
-def expose(function, schema):
+def expose(function: Callable[..., Any], schema: str) -> None:
     """Register a public function under its name, mvsplit::<op>."""
     _LIB.define(function.__name__ + schema)
     _LIB.impl(function.__name__, function, "CompositeImplicitAutograd")
 
 
-def recompute_cheap_ops():
-    """The ops that selective activation checkpointing should recompute: memory-bound, no matmul.
+def recompute_cheap_ops() -> list[torch._ops.OpOverload]:
+    """Return the ops that selective activation checkpointing should recompute.
 
-    For torch.utils.checkpoint.create_selective_checkpoint_contexts, which sees the kernel ops.
+    They are the forward kernel ops of all operators: bound by memory, without a matrix product.
+
+        cheap = mv.recompute_cheap_ops()
+        def policy(ctx, op, *args, **kwargs):
+            return CheckpointPolicy.PREFER_RECOMPUTE if op in cheap else CheckpointPolicy.MUST_SAVE
+
+    For torch.utils.checkpoint.create_selective_checkpoint_contexts.
     """
     return [getattr(torch.ops.mvsplit, f"{name}_fwd").default for name in _backends.OPS]
 
 
-def _run(name, suffix, args):
+def _run_kernel(name: str, suffix: str, args: tuple[Any, ...]) -> Any:
     *inputs, backend = args
-    return _backends.kernel(backend, name, suffix, inputs[0].device.type)(*inputs)
+    return _backends.load_kernel(backend, name, suffix, inputs[0].device.type)(*inputs)
 
 
-def _register_fakes(op, fwd, bwd):
-    def fake_fwd(*args):
+def _register_fakes(op: Op, fwd: str, bwd: str) -> None:
+    def fake_fwd(*args: Any) -> Any:
         op.check(*args[:-1])
         return op.fake_fwd(*args[:-1])
 
@@ -111,87 +141,93 @@ def _register_fakes(op, fwd, bwd):
     torch.library.register_fake(f"mvsplit::{bwd}", lambda *args: op.fake_bwd(*args[:-1]), lib=_LIB)
 
 
-def _register_autograd(op, fwd, bwd):
-    def save(ctx, inputs, output):
-        outputs = (output,) if isinstance(output, torch.Tensor) else output
+def _register_autograd(op: Op, fwd: str, bwd: str) -> None:
+    def save(ctx: Context, inputs: Sequence[Any], output: Tensor | tuple[Tensor, ...]) -> None:
+        outputs = (output,) if isinstance(output, Tensor) else output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*outputs[op.results :])
         ctx.backend = inputs[-1]
         op.save(ctx, *inputs[:-1], outputs)
 
-    def backward(ctx, *grads):
+    def backward(ctx: Context, *grads: Tensor | None) -> Gradients:
         grads = grads[: op.results]
         if all(g is None for g in grads):
             return (None,) * len(ctx.needs_input_grad)
         kernel = getattr(torch.ops.mvsplit, bwd)
-        # The engine casts a gradient to its parameter's dtype, so bwd may return the accumulator's.
+        # Autograd casts a gradient to the dtype of its parameter, so bwd may return accumulators.
         return (*op.backward(ctx, lambda *a: kernel(*a, ctx.backend), *grads), None)
 
-    def save_nothing(ctx, inputs, output):
+    def save_nothing(ctx: Context, inputs: Sequence[Any], output: Any) -> None:
         pass
 
-    def no_second_derivative(ctx, *grads):
+    def refuse_second_derivative(ctx: Context, *grads: Tensor | None) -> Gradients:
         raise RuntimeError(
             f"{op.name}: its gradient has no kernel for a second derivative; "
             "pass backend='reference' to differentiate twice"
         )
 
-    for name, *rules in ((fwd, save, backward), (bwd, save_nothing, no_second_derivative)):
-        _LIB.impl(name, _autograd_kernel(name, *rules), "Autograd", with_keyset=True)
+    for name, kernel in (
+        (fwd, _autograd_kernel(fwd, save, backward)),
+        (bwd, _autograd_kernel(bwd, save_nothing, refuse_second_derivative)),
+    ):
+        _LIB.impl(name, kernel, "Autograd", with_keyset=True)
 
 
-def _autograd_kernel(name, save, backward):
-    """What torch.library.register_autograd installs, without 30 us a call.
+def _autograd_kernel(
+    name: str, save: Callable[..., None], backward: Callable[..., Gradients]
+) -> Callable[..., Any]:
+    """Return what torch.library.register_autograd would install, but 30 us faster per call.
 
-    That spends most of its time looking for arguments that were left at their defaults; kernel ops
-    have no defaults. save(ctx, inputs, output) and backward(ctx, *gradients) are its two functions.
+    register_autograd spends most of its time looking for arguments that were left at their
+    defaults, and kernel ops have no defaults. It takes the same two functions:
+    save(ctx, inputs, output) and backward(ctx, *gradients).
     """
     kernel = getattr(torch.ops.mvsplit, name).default
 
-    def below_autograd(keyset, args):
+    def run_below_autograd(keyset: torch._C.DispatchKeySet, args: Sequence[Any]) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return kernel.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, *args):
+        def forward(ctx: Any, *args: Any) -> Any:
             *inputs, keyset = args
-            output = below_autograd(keyset, inputs)
+            output = run_below_autograd(keyset, inputs)
             save(ctx, inputs, output)
             return output
 
         @staticmethod
-        def backward(ctx, *grads):
+        def backward(ctx: Any, *grads: Any) -> Gradients:
             return (*backward(ctx, *grads), None)
 
     Function.__name__ = f"mvsplit_{name}"
 
-    def run(keyset, *args):
+    def run(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return Function.apply(*args, keyset)
-        return below_autograd(keyset, args)
+        return run_below_autograd(keyset, args)
 
     return run
 
 
-def _cast_for_autocast(op, inputs, device):
-    """Under autocast, activations take its dtype; parameters and tables keep theirs."""
+def _cast_for_autocast(op: Op, inputs: tuple[Any, ...], device: str) -> tuple[Any, ...]:
+    """Return the inputs as autocast wants them: activations cast, parameters and tables not."""
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return inputs
     dtype, n = torch.get_autocast_dtype(device), op.activations
 
-    def cast(t):
+    def cast(t: Tensor) -> Tensor:
         return t if t.dtype not in _check.ACTIVATIONS or t.dtype == torch.float64 else t.to(dtype)
 
     return (*map(cast, inputs[:n]), *inputs[n:])
 
 
-def _register_autocast(op, fwd):
-    def autocast(device_type):
+def _register_autocast(op: Op, fwd: str) -> None:
+    def make_kernel(device_type: str) -> Callable[..., Any]:
         key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device_type}"))
         kernel = getattr(torch.ops.mvsplit, fwd)
 
-        def run(*args):
+        def run(*args: Any) -> Any:
             args = _cast_for_autocast(op, args, device_type.lower())
             with torch._C._ExcludeDispatchKeyGuard(key):
                 return kernel(*args)
@@ -199,4 +235,4 @@ def _register_autocast(op, fwd):
         return run
 
     for device_type in ("CPU", "CUDA"):
-        _LIB.impl(fwd, autocast(device_type), f"Autocast{device_type}")
+        _LIB.impl(fwd, make_kernel(device_type), f"Autocast{device_type}")

@@ -1,76 +1,90 @@
 """RMSNorm of the heads of q and k."""
 
 import torch
+from torch import Tensor
 
-from mvsplit_ops import _check, reference
-from mvsplit_ops._host import accumulator
-from mvsplit_ops._register import Op, expose, register
+from mvsplit_ops import reference
+from mvsplit_ops._check import check_activation, check_parameter, fail
+from mvsplit_ops._host import accumulator_dtype
+from mvsplit_ops._register import Context, Gradients, Kernel, Op, expose, register
+
+FourTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def check_heads(op, q, k, q_weight, k_weight):
-    """q (B, T, H, Dh) and k (B, T, Hk, Dh) belong together; weights are (Dh,)."""
-    _check.activation(op, "q", q, "B T H Dh")
-    _check.activation(op, "k", k, "B T H Dh", like=("q", q))
+def check_heads(
+    op: str, q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None
+) -> None:
+    """Check that q (B, T, H, Dh) and k (B, T, Hk, Dh) fit together, and that weights are (Dh,)."""
+    check_activation(op, "q", q, "B T H Dh")
+    check_activation(op, "k", k, "B T H Dh", like=("q", q))
     if (*k.shape[:2], k.shape[3]) != (*q.shape[:2], q.shape[3]):
         B, T, _, Dh = q.shape
-        _check.fail(op, "k", f"({B}, {T}, heads, {Dh}) to go with q", tuple(k.shape))
-    _check.parameter(op, "q_weight", q_weight, q.shape[3], q)
-    _check.parameter(op, "k_weight", k_weight, q.shape[3], q)
+        fail(op, "k", f"({B}, {T}, heads, {Dh}) to go with q", tuple(k.shape))
+    check_parameter(op, "q_weight", q_weight, q.shape[3], q)
+    check_parameter(op, "k_weight", k_weight, q.shape[3], q)
 
 
-def fake_fwd(q, k, *_):
-    """The outputs of qk_norm_fwd and of rope_qk_norm_fwd."""
-    stats = [t.new_empty(t.shape[:3], dtype=accumulator(t.dtype)) for t in (q, k)]
-    return q.new_empty(q.shape), k.new_empty(k.shape), *stats
+def fake_fwd(q: Tensor, k: Tensor, *_: object) -> FourTensors:
+    """Return empty outputs of qk_norm_fwd and of rope_qk_norm_fwd."""
+    q_rstd, k_rstd = (t.new_empty(t.shape[:3], dtype=accumulator_dtype(t.dtype)) for t in (q, k))
+    return q.new_empty(q.shape), k.new_empty(k.shape), q_rstd, k_rstd
 
 
-def fake_bwd(dq, dk, q_weight, k_weight):
-    """The outputs of qk_norm_bwd and of rope_qk_norm_bwd."""
-    weights = (
-        dq.new_empty(0 if w is None else dq.shape[3], dtype=accumulator(dq.dtype))
+def fake_bwd(
+    dq: Tensor, dk: Tensor, q_weight: Tensor | None, k_weight: Tensor | None
+) -> FourTensors:
+    """Return empty outputs of qk_norm_bwd and of rope_qk_norm_bwd."""
+    dq_weight, dk_weight = (
+        dq.new_empty(0 if w is None else dq.shape[3], dtype=accumulator_dtype(dq.dtype))
         for w in (q_weight, k_weight)
     )
-    return dq.new_empty(dq.shape), dk.new_empty(dk.shape), *weights
+    return dq.new_empty(dq.shape), dk.new_empty(dk.shape), dq_weight, dk_weight
 
 
-def keep(x, y, weight):
-    """What backward reads beside dy: y without a weight (attention keeps it too), else x."""
+def tensor_to_save(x: Tensor, y: Tensor, weight: Tensor | None) -> Tensor:
+    """Return what backward reads: y without a weight (attention saves it too), else x."""
     return y if weight is None else x
 
 
-def both(dq, dk, q, k):
-    """Gradients of both results, zeros for one that nothing depended on."""
+def zeros_for_missing(
+    dq: Tensor | None, dk: Tensor | None, q: Tensor, k: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return both gradients; that of a result on which nothing depends is zero."""
     dq = torch.zeros_like(q) if dq is None else dq
     return dq, torch.zeros_like(k) if dk is None else dk
 
 
-def _check_inputs(q, k, q_weight, k_weight, eps):
+def _check_inputs(
+    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float
+) -> None:
     check_heads("qk_norm", q, k, q_weight, k_weight)
 
 
-def _save(ctx, q, k, q_weight, k_weight, eps, outputs):
+def _save(
+    ctx: Context,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    outputs: FourTensors,
+) -> None:
     q_out, k_out, *rstd = outputs
-    ctx.save_for_backward(
-        keep(q, q_out, q_weight), keep(k, k_out, k_weight), *rstd, q_weight, k_weight
-    )
+    q, k = tensor_to_save(q, q_out, q_weight), tensor_to_save(k, k_out, k_weight)
+    ctx.save_for_backward(q, k, *rstd, q_weight, k_weight)
 
 
-def _backward(ctx, bwd, dq, dk):
-    q, k, q_rstd, k_rstd, q_weight, k_weight = ctx.saved_tensors
-    dq, dk, dq_weight, dk_weight = bwd(
-        *both(dq, dk, q, k), q, k, q_rstd, k_rstd, q_weight, k_weight
-    )
-    return (
-        dq,
-        dk,
-        None if q_weight is None else dq_weight,
-        None if k_weight is None else dk_weight,
-        None,
-    )
+def _backward(ctx: Context, bwd: Kernel, dq: Tensor | None, dk: Tensor | None) -> Gradients:
+    q, k, *rest = ctx.saved_tensors
+    q_weight, k_weight = rest[-2:]
+    dq, dk, dq_weight, dk_weight = bwd(*zeros_for_missing(dq, dk, q, k), q, k, *rest)
+    dq_weight = None if q_weight is None else dq_weight
+    dk_weight = None if k_weight is None else dk_weight
+    return dq, dk, dq_weight, dk_weight, None
 
 
-def _fake_bwd(dq, dk, q, k, q_rstd, k_rstd, q_weight, k_weight):
-    return fake_bwd(dq, dk, q_weight, k_weight)
+def _fake_bwd(dq: Tensor, dk: Tensor, *saved: Tensor | None) -> FourTensors:
+    return fake_bwd(dq, dk, *saved[-2:])
 
 
 _OP = register(
@@ -93,23 +107,25 @@ _OP = register(
 
 
 def qk_norm(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    q_weight: torch.Tensor | None = None,
-    k_weight: torch.Tensor | None = None,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
     *,
     eps: float = 1e-6,
     backend: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """RMSNorm over Dh of every head: x / sqrt(mean(x^2) + eps) * weight.
+) -> tuple[Tensor, Tensor]:
+    """Return the RMSNorm of every head of q and k: x / sqrt(mean(x^2) + eps) * weight over Dh.
+
+        q, k = mv.qk_norm(q, k)
 
     q                   (B, T, H, Dh)    fp32, bf16, fp16, fp64; any row stride
     k                   (B, T, Hk, Dh)   dtype of q; Hk may differ from H (grouped-query attention)
     q_weight, k_weight  (Dh,)            fp32 or dtype of q; optional, the paper uses none
     returns             q, k             shapes and dtype of q and k, contiguous
 
-    fp32 arithmetic (fp64 for fp64); bit-identical from run to run. Backward reads dy, the result
-    and 1/rms; with a weight the input in place of the result.
+    fp32 arithmetic (fp64 for fp64), bit-identical from run to run. Backward reads dy, the result
+    and 1/rms; with a weight, the input instead of the result.
     ValueError: shape, dtype, device. RuntimeError: the backend cannot run here.
     Henry et al., Query-Key Normalization, arXiv 2010.04245; Zhang and Sennrich, RMSNorm, arXiv
     1910.07467.

@@ -1,36 +1,41 @@
-"""The definition of every operator: eager PyTorch, short enough to hold against the formula.
+"""The definition of every operator in eager PyTorch, short enough to compare with the paper by eye.
 
-Autograd differentiates these functions; float64 inputs make them the exact result that every kernel
-is judged against. The result has the dtype of the activations, whatever the parameters have.
+Autograd differentiates these functions. With float64 inputs they give the exact result with which
+every kernel is compared. A result has the dtype of the activations, whatever the parameters have.
 
 B batch, T tokens, D width, H heads, Dh head width, F SwiGLU width, S segments.
 X_l `x`, F_l `f`, X_{l+1} `y`, J X `jx`, J F `jf`, alpha `alpha`, beta `beta`, pre-norm sum `z`,
 1/rms `rstd`; a gradient is `d` and the name. arXiv 2605.06169.
 """
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 
-def rms_norm(x, weight, eps):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; a weight of None is 1."""
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last dimension; no weight is 1."""
     y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return y if weight is None else y * weight
 
 
-def token_mean(t, segments):
-    """J t: the token mean of each segment of t (B, T, D), broadcast back over its tokens."""
+def token_mean(t: Tensor, segments: Sequence[int]) -> Tensor:
+    """Return J t: the token mean of each segment of t (B, T, D), broadcast over its tokens."""
     parts = t.split(segments, dim=1)
     return torch.cat([p.mean(1, keepdim=True).expand_as(p) for p in parts], dim=1)
 
 
-def segment_means(t, segments):
-    """The token means of the segments of t, (B, S, D), in the dtype of accumulators."""
+def segment_means(t: Tensor, segments: Sequence[int]) -> Tensor:
+    """Return the token means of the segments of t, (B, S, D), in the dtype of accumulators."""
     t = t.to(torch.promote_types(t.dtype, torch.float32))
     return torch.stack([p.mean(1) for p in t.split(segments, dim=1)], dim=1)
 
 
-def rope(x, cos, sin, interleaved=False, conjugate=False):
-    """Rotates the pair (x1, x2) by theta: o1 = x1 cos - x2 sin, o2 = x2 cos + x1 sin."""
+def rope(
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, conjugate: bool = False
+) -> Tensor:
+    """Rotate the pair (x1, x2) by theta: o1 = x1 cos - x2 sin, o2 = x2 cos + x1 sin."""
     cos, sin = (t[..., : x.shape[1], :].unsqueeze(-2) for t in (cos, sin))  # (.., T, 1, Dh/2)
     if conjugate:
         sin = -sin
@@ -40,52 +45,81 @@ def rope(x, cos, sin, interleaved=False, conjugate=False):
     return out.to(x.dtype)
 
 
-def qk_norm(q, k, q_weight=None, k_weight=None, eps=1e-6):
-    """RMSNorm over Dh of each head of q and of k."""
+def qk_norm(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Return the RMSNorm over Dh of each head of q and of k."""
     return rms_norm(q, q_weight, eps).to(q.dtype), rms_norm(k, k_weight, eps).to(k.dtype)
 
 
 def rope_qk_norm(
-    q,
-    k,
-    cos,
-    sin,
-    q_weight=None,
-    k_weight=None,
-    eps=1e-6,
-    interleaved=False,
-    conjugate=False,
-    norm_first=False,
-):
-    """qk_norm(rope(q), rope(k)), or rope of the normalised q and k when norm_first."""
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    interleaved: bool = False,
+    conjugate: bool = False,
+    norm_first: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return qk_norm(rope(q), rope(k)); with norm_first, rope of the normalised q and k."""
     if norm_first:
         q, k = qk_norm(q, k, q_weight, k_weight, eps)
     q, k = (rope(t, cos, sin, interleaved, conjugate) for t in (q, k))
     return (q, k) if norm_first else qk_norm(q, k, q_weight, k_weight, eps)
 
 
-def swiglu(x):
-    """silu(gate) * value, gate and value the halves of the last dimension."""
+def swiglu(x: Tensor) -> Tensor:
+    """Return silu(gate) * value; gate and value are the halves of the last dimension."""
     gate, value = x.chunk(2, -1)
     return torch.nn.functional.silu(gate) * value
 
 
-def mvsplit_rmsnorm(x, f, alpha, beta, weight=None, segments=None, eps=1e-5):
-    """RMSNorm(x + beta * P f + alpha * J (f - x)), P = I - J."""
+def mvsplit_rmsnorm(
+    x: Tensor,
+    f: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    weight: Tensor | None = None,
+    segments: Sequence[int] | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Return RMSNorm(x + beta * P f + alpha * J (f - x)), P = I - J."""
     segments = [x.shape[1]] if segments is None else list(segments)
     centred = f - token_mean(f, segments)
     z = x + beta * centred + alpha * token_mean(f - x, segments)
     return rms_norm(z, weight, eps).to(x.dtype)
 
 
-def mvsplit_rmsnorm_with_mean(x, f, alpha, beta, weight=None, jx=None, segments=None, eps=1e-5):
-    """mvsplit_rmsnorm and the segment means of its result; jx is a function of x in any case."""
+def mvsplit_rmsnorm_with_mean(
+    x: Tensor,
+    f: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    weight: Tensor | None = None,
+    jx: Tensor | None = None,
+    segments: Sequence[int] | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """Return mvsplit_rmsnorm and the segment means of its result; jx is computed from x anyway."""
     segments = [x.shape[1]] if segments is None else list(segments)
     y = mvsplit_rmsnorm(x, f, alpha, beta, weight, segments, eps)
     return y, segment_means(y.detach(), segments)
 
 
-def residual_rmsnorm(x, f, scale=None, weight=None, eps=1e-5):
-    """RMSNorm(x + scale * f); a scale of None is 1."""
+def residual_rmsnorm(
+    x: Tensor,
+    f: Tensor,
+    scale: Tensor | None = None,
+    weight: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Return RMSNorm(x + scale * f); no scale is 1."""
     z = x + (f if scale is None else scale * f)
     return rms_norm(z, weight, eps).to(x.dtype)

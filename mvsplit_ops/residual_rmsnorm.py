@@ -1,41 +1,59 @@
 """The plain residual with RMSNorm: Post-Norm, LayerScale, ReZero."""
 
-import torch
+from torch import Tensor
 
-from mvsplit_ops import _check, reference
-from mvsplit_ops._host import accumulator
-from mvsplit_ops._register import Op, expose, register
+from mvsplit_ops import reference
+from mvsplit_ops._check import check_merge_inputs, check_parameter
+from mvsplit_ops._host import accumulator_dtype
+from mvsplit_ops._register import Context, Gradients, Kernel, Op, expose, register
 
 _NAME = "residual_rmsnorm"
 
 
-def _check_inputs(x, f, scale, weight, eps):
-    _check.merge(_NAME, x, f)
-    _check.parameter(_NAME, "scale", scale, x.shape[2], x)
-    _check.parameter(_NAME, "weight", weight, x.shape[2], x)
+def _check_inputs(
+    x: Tensor, f: Tensor, scale: Tensor | None, weight: Tensor | None, eps: float
+) -> None:
+    check_merge_inputs(_NAME, x, f)
+    check_parameter(_NAME, "scale", scale, x.shape[2], x)
+    check_parameter(_NAME, "weight", weight, x.shape[2], x)
 
 
-def _fake_fwd(x, f, scale, weight, eps):
-    rstd = x.new_empty(x.shape[:2], dtype=accumulator(x.dtype))
+def _fake_fwd(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    rstd = x.new_empty(x.shape[:2], dtype=accumulator_dtype(x.dtype))
     return x.new_empty(x.shape), rstd
 
 
-def _fake_bwd(dy, kept, f, scale, weight, rstd):
-    acc, D = accumulator(dy.dtype), dy.shape[2]
-    params = (dy.new_empty(0 if p is None else D, dtype=acc) for p in (scale, weight))
+def _fake_bwd(
+    dy: Tensor,
+    saved: Tensor,
+    f: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    rstd: Tensor,
+) -> tuple[Tensor, ...]:
+    dtype, D = accumulator_dtype(dy.dtype), dy.shape[2]
+    params = (dy.new_empty(0 if p is None else D, dtype=dtype) for p in (scale, weight))
     return dy.new_empty(dy.shape), dy.new_empty(0 if scale is None else dy.shape), *params
 
 
-def _save(ctx, x, f, scale, weight, eps, outputs):
+def _save(
+    ctx: Context,
+    x: Tensor,
+    f: Tensor,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    outputs: tuple[Tensor, Tensor],
+) -> None:
     y, rstd = outputs
     if scale is None and weight is None:
         ctx.save_for_backward(y, None, None, None, rstd)
-    else:  # f is read for dscale in any case; x beside it costs no more than y
+    else:  # f is read for dscale in any case, and x costs no more than y
         ctx.save_for_backward(x, f, scale, weight, rstd)
 
 
-def _backward(ctx, bwd, dy):
-    saved = ctx.saved_tensors  # read once: checkpointing recomputes them for one reading
+def _backward(ctx: Context, bwd: Kernel, dy: Tensor) -> Gradients:
+    saved = ctx.saved_tensors  # read once: checkpointing recomputes them at each reading
     _, _, scale, weight, _ = saved
     dx, df, dscale, dweight = bwd(dy, *saved)
     df, dscale = (dx, None) if scale is None else (df, dscale)  # df = scale * dx
@@ -62,28 +80,30 @@ _OP = register(
 
 
 def residual_rmsnorm(
-    x: torch.Tensor,
-    f: torch.Tensor,
-    scale: torch.Tensor | None = None,
-    weight: torch.Tensor | None = None,
+    x: Tensor,
+    f: Tensor,
+    scale: Tensor | None = None,
+    weight: Tensor | None = None,
     *,
     eps: float = 1e-5,
     backend: str | None = None,
-) -> torch.Tensor:
-    """RMSNorm(x + scale * f): Post-Norm (scale None), LayerScale ((D,)), ReZero (a scalar).
+) -> Tensor:
+    """Return RMSNorm(x + scale * f): Post-Norm (no scale), LayerScale ((D,)), ReZero (a scalar).
 
-    x, f     (B, T, D)    fp32, bf16, fp16, fp64   trunk and branch
+        y = mv.residual_rmsnorm(x, f, scale)
+
+    x, f     (B, T, D)    fp32, bf16, fp16, fp64   X_l, the residual stream; F_l, the branch
     scale    (D,) or ()   fp32 or dtype of x       gain of the branch; None: 1
     weight   (D,)         fp32 or dtype of x       RMSNorm weight; optional
-    returns  (B, T, D)    dtype of x               the next trunk
+    returns  (B, T, D)    dtype of x               X_{l+1}
 
-    Moves 2 reads and 1 write forward; backward 2 and 1 for a plain residual (dy and y), 3 and 2
-    with a scale (dy, x and f). fp32 accumulation (fp64 for fp64), bit-identical from run to run.
+    Moves 2 reads and 1 write forward. Backward moves 2 and 1 without scale and weight (dy and y),
+    3 and 2 with a scale (dy, x and f). fp32 accumulation (fp64 for fp64), bit-identical from run to
+    run.
     ValueError: shape, dtype, device. RuntimeError: the backend cannot run here.
     LayerScale: arXiv 2103.17239. ReZero: arXiv 2003.04887.
     """
-    is_scalar = isinstance(scale, torch.Tensor) and scale.dim() == 0
-    if is_scalar and isinstance(x, torch.Tensor) and x.dim() == 3:
+    if isinstance(scale, Tensor) and scale.dim() == 0 and isinstance(x, Tensor) and x.dim() == 3:
         scale = scale.expand(x.shape[2])  # autograd sums the gradient back to the scalar
     return _OP(x, f, scale, weight, eps, backend=backend)
 

@@ -1,35 +1,44 @@
 """Rotary position embedding."""
 
-import torch
+from torch import Tensor
 
-from mvsplit_ops import _check, reference
-from mvsplit_ops._register import Op, expose, register
-
-
-def _check_inputs(x, cos, sin, interleaved, conjugate):
-    _check.activation("rope", "x", x, "B T H Dh")
-    _check.tables("rope", cos, sin, x)
+from mvsplit_ops import reference
+from mvsplit_ops._check import check_activation, check_tables
+from mvsplit_ops._register import Context, Gradients, Kernel, Op, expose, register
 
 
-def _fake(x, cos, sin, interleaved, conjugate):
+def _check_inputs(x: Tensor, cos: Tensor, sin: Tensor, *_: bool) -> None:
+    check_activation("rope", "x", x, "B T H Dh")
+    check_tables("rope", cos, sin, x)
+
+
+def _fake(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _save(ctx, x, cos, sin, interleaved, conjugate, outputs):
-    constant_tables("rope", ctx, 1)
+def _save(
+    ctx: Context,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    conjugate: bool,
+    outputs: tuple[Tensor, ...],
+) -> None:
+    require_constant_tables("rope", ctx, 1)
     ctx.save_for_backward(cos, sin)
-    ctx.flags = interleaved, conjugate
+    ctx.modes = interleaved, conjugate
 
 
-def _backward(ctx, bwd, dy):
-    return bwd(dy, *ctx.saved_tensors, *ctx.flags), None, None, None, None
+def _backward(ctx: Context, bwd: Kernel, dy: Tensor) -> Gradients:
+    return bwd(dy, *ctx.saved_tensors, *ctx.modes), None, None, None, None
 
 
-def constant_tables(op, ctx, first):
-    """Raise if cos or sin, arguments first and first + 1, want a gradient: none is computed."""
+def require_constant_tables(op: str, ctx: Context, first: int) -> None:
+    """Raise ValueError if cos or sin, arguments `first` and the next, require a gradient."""
     if any(ctx.needs_input_grad[first : first + 2]):
         raise ValueError(
-            f"{op}: cos and sin must not require grad, no kernel computes it; "
+            f"{op}: cos and sin must not require grad, because no kernel computes it; "
             "detach them, or pass backend='reference'"
         )
 
@@ -54,24 +63,27 @@ _OP = register(
 
 
 def rope(
-    x: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
     *,
     interleaved: bool = False,
     conjugate: bool = False,
     backend: str | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Rotate each pair of x by its angle: o1 = x1 cos - x2 sin, o2 = x2 cos + x1 sin.
 
+        q = mv.rope(q, theta.cos(), theta.sin())  # theta (T, Dh/2) in radians
+
     x            (B, T, H, Dh)               fp32, bf16, fp16, fp64; Dh even; any row stride
-    cos, sin     (T, Dh/2) or (B, T, Dh/2)   fp32 or dtype of x; constants; longer ones are cut
-    interleaved  bool                        pairs (2i, 2i+1) instead of (i, i + Dh/2)
-    conjugate    bool                        rotate by the negative angle, the inverse
+    cos, sin     (T, Dh/2) or (B, T, Dh/2)   fp32 or dtype of x; constants; rows after T are unused
+    interleaved  bool                        pairs (2i, 2i + 1) instead of (i, i + Dh/2)
+    conjugate    bool                        rotate by -theta
     returns      (B, T, H, Dh)               dtype of x, contiguous
 
-    fp32 arithmetic (fp64 for fp64). The gradient is the inverse rotation.
-    ValueError: shape, dtype, device. RuntimeError: the backend cannot run here.
+    fp32 arithmetic (fp64 for fp64). The gradient is the rotation by -theta.
+    ValueError: shape, dtype, device, or a table that requires grad. RuntimeError: the backend
+    cannot run here.
     Su et al., RoFormer, arXiv 2104.09864.
     """
     return _OP(x, cos, sin, interleaved, conjugate, backend=backend)

@@ -1,27 +1,28 @@
 """SwiGLU of a packed projection."""
 
-import torch
+from torch import Tensor
 
-from mvsplit_ops import _check, reference
-from mvsplit_ops._register import Op, expose, register
+from mvsplit_ops import reference
+from mvsplit_ops._check import ACTIVATIONS, describe, fail
+from mvsplit_ops._register import Context, Gradients, Kernel, Op, expose, register
 
 
-def _check_inputs(x):
-    if not isinstance(x, torch.Tensor) or x.dtype not in _check.ACTIVATIONS or x.dim() < 1:
-        _check.fail("swiglu", "x", "a floating-point tensor (.., 2F)", _check.describe(x))
+def _check_inputs(x: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.dtype not in ACTIVATIONS or x.dim() < 1:
+        fail("swiglu", "x", "a floating-point tensor (.., 2F)", describe(x))
     if x.shape[-1] % 2:
-        _check.fail("swiglu", "2F, the last dimension of x,", "even", x.shape[-1])
+        fail("swiglu", "2F, the last dimension of x,", "even", x.shape[-1])
 
 
-def _fake_fwd(x):
+def _fake_fwd(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
-def _save(ctx, x, outputs):
+def _save(ctx: Context, x: Tensor, outputs: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(x)
 
 
-def _backward(ctx, bwd, dy):
+def _backward(ctx: Context, bwd: Kernel, dy: Tensor) -> Gradients:
     return (bwd(dy, *ctx.saved_tensors),)
 
 
@@ -42,13 +43,15 @@ _OP = register(
 )
 
 
-def swiglu(x: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
-    """silu(gate) * value with x = [gate, value] packed in the last dimension.
+def swiglu(x: Tensor, *, backend: str | None = None) -> Tensor:
+    """Return silu(gate) * value, where x = [gate, value] is packed in the last dimension.
 
-    x        (.., 2F)   fp32, bf16, fp16, fp64; gate first; any row stride
-    returns  (.., F)    dtype of x, contiguous
+        h = mv.swiglu(torch.cat((gate, value), -1))
 
-    fp32 arithmetic (fp64 for fp64). Nothing is saved but x; backward writes a packed gradient.
+    x        (.., 2F)   fp32, bf16, fp16, fp64   gate first; any row stride
+    returns  (.., F)    dtype of x               contiguous
+
+    fp32 arithmetic (fp64 for fp64). Backward keeps only x, and writes a packed gradient.
     ValueError: shape, dtype. RuntimeError: the backend cannot run here.
     Shazeer, GLU Variants Improve Transformer, arXiv 2002.05202.
     """

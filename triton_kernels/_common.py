@@ -1,28 +1,34 @@
-"""What the kernels and launchers share: where Triton runs, a launch, the sum of partial rows."""
+"""Helpers of all kernels and launchers: availability, launching, the sum of partial rows."""
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from mvsplit_ops._host import accumulator, ceil_div, new
+from mvsplit_ops._host import ceil_div, new_empty
 
-# Triton decides at import whether kernels are interpreted, on CPU tensors, or compiled.
+# Triton decides at import whether it compiles kernels or interprets them, on CPU tensors.
 INTERPRETED = triton.knobs.runtime.interpret
-OLDEST = (3, 5)
+OLDEST_TRITON = (3, 5)
 
 
-def missing(device_type):
-    """Why Triton's kernels cannot run on tensors of a device type; None when they can."""
-    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
-        needed, found = ".".join(map(str, OLDEST)), triton.__version__
-        return f"Triton {needed} or newer is needed, found {found}; run pip install -U triton"
+def find_missing(device_type: str) -> str | None:
+    """Return why the kernels cannot run on tensors of a device type, or None if they can."""
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return (
+            f"Triton must be {oldest} or newer, got {triton.__version__}; "
+            "run pip install --upgrade triton"
+        )
     if device_type == "cpu" and not INTERPRETED:
         return "CPU tensors need Triton's interpreter; set TRITON_INTERPRET=1 before Python starts"
     return None
 
 
-def launch(kernel, programs, like, *args, **options):
-    """Run `programs` instances of a kernel on the device of the tensor `like`, on its stream."""
+def launch(kernel: Any, programs: int, like: Tensor, *args: Any, **options: Any) -> None:
+    """Run `programs` instances of a kernel on the current stream of the device of `like`."""
     if programs == 0:
         return
     options["enable_fp_fusion"] = True  # a * b + c rounds once
@@ -33,18 +39,14 @@ def launch(kernel, programs, like, *args, **options):
         kernel[(programs,)](*args, **options)
 
 
-def new_statistics(like, *shape):
-    return new(like, shape, accumulator(like.dtype))
+def sum_rows(partials: Tensor) -> list[Tensor]:
+    """Return the sums over the rows of (outputs, rows, width): a (width,) tensor for each output.
 
-
-def sum_rows(partials):
-    """(outputs, rows, width) -> (width,) for each output: sums over the rows, in a fixed order.
-
-    Programs own 16 columns, so that even the 128 columns of a head weight occupy several of them;
-    64 bytes of a row are two whole sectors of DRAM.
+    The order is fixed. A program owns 16 columns, so that even the 128 columns of a head weight
+    occupy several programs; 64 bytes of a row are two whole sectors of DRAM.
     """
     outputs, rows, width = partials.shape
-    sums = [new(partials, (width,)) for _ in range(outputs)]
+    sums = [new_empty(partials, (width,)) for _ in range(outputs)]
     programs = outputs * ceil_div(width, 16)
     launch(_sum_rows, programs, partials, partials, tuple(sums), rows, width, ROWS=128, COLUMNS=16)
     return sums
@@ -63,19 +65,19 @@ def _sum_rows(partials, sums, rows, width: tl.constexpr, ROWS: tl.constexpr, COL
 
 @triton.jit
 def column_sum(partials, rows, d, width: tl.constexpr, ROWS: tl.constexpr):
-    """Columns d of a (rows, width) array summed over its rows, ROWS at a time."""
+    """Return the sums of columns d of a (rows, width) array over its rows, ROWS at a time."""
     total = tl.zeros((ROWS, d.shape[0]), partials.dtype.element_ty)
     for first in range(0, rows, ROWS):
         r = first + tl.arange(0, ROWS)[:, None]
         inside = (r < rows) & (d < width)[None, :]
         at = partials + r.to(tl.int64) * width + d[None, :]
-        total += tl.load(at, inside, other=0, cache_modifier=".cg")  # from L2, where others wrote
+        total += tl.load(at, inside, other=0, cache_modifier=".cg")  # L2, not a stale line of L1
     return tl.sum(total, 0)
 
 
 @triton.jit
 def wide(t):
-    """t in the dtype of arithmetic: fp32, or fp64 as it is."""
+    """Return t in the dtype of arithmetic: fp32, or fp64 if it is fp64."""
     if t.dtype == tl.float64:
         return t
     else:

@@ -1,59 +1,74 @@
-"""The kernel pair of rope, qk_norm and rope_qk_norm: RMSNorm over a head and rotation of its pairs.
+"""The kernel pair of rope, qk_norm and rope_qk_norm: RMSNorm over a head, rotation of its pairs.
 
-R rotates the pair (x1, x2): o1 = x1 cos - x2 sin, o2 = x2 cos + x1 sin; tables need not be unit.
+R rotates the pair (x1, x2): o1 = x1 cos - x2 sin, o2 = x2 cos + x1 sin; cos^2 + sin^2 may differ
+from 1.
 
     rotation first   u = R x     n = u * rstd(u)            y = n * w
     norm first       n = x * rstd(x)                        y = R (n * w)
 
-Backward, with R^T the transposed rotation and g what reaches n * w:
+Backward, with R^T the transposed rotation and g the gradient of n * w:
 
     rotation first   g = dy      du = norm'(g * w, n)       dx = R^T du
     norm first       g = R^T dy                             dx = norm'(g * w, n)
     dw = sum g * n   norm'(g, n) = rstd * (g - n * mean(g * n))
 
-n is the result y itself where rotation comes first and there is no weight; else it is computed
-again from the input.
+If the rotation is first and there is no weight, n is the result y; else it is computed again from
+the input.
 
-Bytes, in passes over q or k: forward 1 read and 1 written of each, backward 2 and 1, and the row of
-a table once a token for all heads of q and k. Launch: a program owns whole tokens, q and k, all
-heads; a tile is [tokens, heads, pairs], 8 neighbours of the first halves and their 8 partners a
-thread: 16 bytes of bf16. With a weight, partial rows of dw are added by a second launch.
+Bytes, in passes over q or k: forward 1 read and 1 written of each, backward 2 and 1, and a row of
+the tables once per token for all heads of q and k. Launch: a program owns whole tokens of q and k
+with all heads; a tile is [tokens, heads, pairs]. A thread has 8 adjacent elements, 16 bytes of
+bf16, and their 8 partners. With a weight, a second launch adds partial rows of dw.
 """
+
+from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from mvsplit_ops._host import (
+    MOST_PARTIALS,
+    HeadLaunchers,
+    HeadModes,
+    Tables,
     ceil_div,
-    dense,
-    new,
-    power_of_two,
+    new_empty,
+    new_statistics,
+    next_power_of_two,
+    prepare_tables,
     require_heads,
-    tables,
-    with_rows,
+    to_contiguous,
+    to_unit_stride,
 )
-from mvsplit_ops.triton_kernels._common import launch, new_statistics, sum_rows, wide
+from mvsplit_ops.triton_kernels._common import launch, sum_rows, wide
 
-# Pairs of a tile, its warps: 8 pairs a thread, of bf16 two 16-byte loads in flight forward and four
-# backward. Twice the tile took 90 registers in place of 54 and more exchanges of the angles.
-TILE, WARPS = 1024, 4
-MOST_HEADS = 8  # of a tile; more are taken in turns, against the same angles
-MOST_PARTIALS = 1024  # rows of dw: some programs for each of 132 SMs, and little to add
+# Pairs of a tile, and its warps: 8 pairs per thread, in bf16 two 16-byte loads in flight forward
+# and four backward. Twice the tile took 90 registers instead of 54 and more exchanges of angles.
+TILE_PAIRS, TILE_WARPS = 1024, 4
+MOST_HEADS = 8  # of a tile; more are processed one tile after another, with the same angles
 
 
-def forward(xs, weights, angles, eps, *, interleaved, conjugate, norm, norm_first):
-    """Of x, or of q and k: [result], [rstd or None]."""
-    xs, weights = [with_rows(x) for x in xs], dense(*weights)
-    ys = [new(x, x.shape) for x in xs]
-    rstds = [new_statistics(x, *x.shape[:3]) if norm else None for x in xs]
-    angles, table_strides = tables(angles, xs[0])
+def _forward(
+    xs: list[Tensor],
+    weights: list[Tensor | None],
+    tables: Tables,
+    eps: float,
+    modes: HeadModes,
+    norm: bool = True,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the results and rstds of x, or of q and k; no rstd without a norm."""
+    xs, weights = [to_unit_stride(x) for x in xs], to_contiguous(*weights)
+    ys = [new_empty(x, x.shape) for x in xs]
+    rstds = [new_statistics(x, *x.shape[:3]) for x in xs] if norm else []
+    tables, table_strides = prepare_tables(tables, xs[0])
     strides = tuple(x.stride()[:3] for x in xs)
-    tokens, options = _options(xs, angles, interleaved, conjugate, norm_first)
+    tokens, options = _choose_options(xs, tables, modes)
     launch(
         _fwd,
         ceil_div(tokens, options["BLOCK_T"]),
         xs[0],
-        *(tuple(xs), tuple(weights), angles, tuple(ys), tuple(rstds), strides, table_strides),
+        *(tuple(xs), tuple(weights), tables, tuple(ys), tuple(rstds), strides, table_strides),
         *(xs[0].shape[1], tokens),
         EPS=eps,
         NORM=norm,
@@ -62,52 +77,64 @@ def forward(xs, weights, angles, eps, *, interleaved, conjugate, norm, norm_firs
     return ys, rstds
 
 
-def backward(dys, kept, rstds, weights, angles, *, interleaved, conjugate, norm_first):
-    """Of q and k: [dx], [dw; empty without a weight]."""
-    require_heads(dys, kept, rstds, weights)
-    dys, kept = [with_rows(t) for t in dys], [with_rows(t) for t in kept]
-    rstds, weights = dense(*rstds), dense(*weights)
-    dxs = [new(x, x.shape) for x in kept]
-    angles, table_strides = tables(angles, kept[0])
-    strides = tuple((*dy.stride()[:3], *x.stride()[:3]) for dy, x in zip(dys, kept, strict=True))
-    tokens, options = _options(kept, angles, interleaved, conjugate, norm_first)
+def _backward(
+    dys: list[Tensor],
+    saved: list[Tensor],
+    rstds: list[Tensor],
+    weights: list[Tensor | None],
+    tables: Tables,
+    modes: HeadModes,
+) -> tuple[Tensor, ...]:
+    """Return dq, dk, dq_weight, dk_weight; the last two are empty without a weight."""
+    require_heads(dys, saved, rstds, weights)
+    dys, saved = [to_unit_stride(t) for t in dys], [to_unit_stride(t) for t in saved]
+    rstds, weights = to_contiguous(*rstds), to_contiguous(*weights)
+    dxs = [new_empty(x, x.shape) for x in saved]
+    tables, table_strides = prepare_tables(tables, saved[0])
+    strides = tuple((*dy.stride()[:3], *x.stride()[:3]) for dy, x in zip(dys, saved, strict=True))
+    tokens, options = _choose_options(saved, tables, modes)
     per_program, weighted = options["BLOCK_T"], sum(w is not None for w in weights)
     if weighted:
         share = ceil_div(tokens, MOST_PARTIALS)
         per_program *= max(1, ceil_div(share, per_program))
     programs = ceil_div(tokens, per_program)
-    partials = new_statistics(kept[0], weighted, programs, kept[0].shape[3])
+    partials = new_statistics(saved[0], weighted, programs, saved[0].shape[3])
     launch(
         _bwd,
         programs,
-        kept[0],
-        *(tuple(dys), tuple(kept), tuple(rstds), tuple(weights), angles, tuple(dxs), partials),
-        *(strides, table_strides, kept[0].shape[1], tokens, per_program),
-        TOGETHER=1 if weighted else 2,  # the sums of dw of both would not fit the registers
+        saved[0],
+        *(tuple(dys), tuple(saved), tuple(rstds), tuple(weights), tables, tuple(dxs), partials),
+        *(strides, table_strides, saved[0].shape[1], tokens, per_program),
+        TOGETHER=1 if weighted else 2,  # the sums of dw of q and k would not fit the registers
         **options,
     )
-    dweights = iter(sum_rows(partials) if weighted else ())
-    none = (new_statistics(kept[0], 0) for _ in weights)
-    return dxs, [next(none) if w is None else next(dweights) for w in weights]
+    sums = iter(sum_rows(partials) if weighted else ())
+    none = [new_statistics(saved[0], 0) for _ in weights]
+    return *dxs, *(n if w is None else next(sums) for w, n in zip(weights, none, strict=True))
 
 
-def _options(xs, angles, interleaved, conjugate, norm_first):
-    """The number of tokens, and the constants of a kernel."""
+LAUNCHERS = HeadLaunchers(_forward, _backward)
+
+
+def _choose_options(
+    xs: list[Tensor], tables: Tables, modes: HeadModes
+) -> tuple[int, dict[str, Any]]:
+    """Return the number of tokens, and the constants of a kernel."""
     B, T, _, D = xs[0].shape
-    pairs = power_of_two(ceil_div(D, 2))
+    pairs = next_power_of_two(ceil_div(D, 2))
     heads = tuple(x.shape[2] for x in xs)
-    block_h = min(power_of_two(max(heads)), MOST_HEADS)
+    block_h = min(next_power_of_two(max(heads)), MOST_HEADS)
     return B * T if D else 0, {
         "HEADS": heads,
         "D": D,
-        "BLOCK_T": max(1, TILE // (block_h * pairs)),
+        "BLOCK_T": max(1, TILE_PAIRS // (block_h * pairs)),
         "BLOCK_H": block_h,
         "BLOCK_C": pairs,
-        "ROTATE": bool(angles),
-        "INTERLEAVED": interleaved,
-        "CONJUGATE": conjugate,
-        "NORM_FIRST": norm_first,
-        "num_warps": WARPS,
+        "ROTATE": bool(tables),
+        "INTERLEAVED": modes.interleaved,
+        "CONJUGATE": modes.conjugate,
+        "NORM_FIRST": modes.norm_first,
+        "num_warps": TILE_WARPS,
     }
 
 
@@ -161,7 +188,7 @@ def _fwd(
 @triton.jit(do_not_specialize=["T", "tokens", "per_program"])
 def _bwd(
     dys,
-    kept,
+    saved,
     rstds,
     weights,
     tables,
@@ -197,7 +224,7 @@ def _bwd(
             for i in tl.static_range(part, part + TOGETHER):
                 dw1, dw2 = _bwd_heads(
                     dys[i],
-                    kept[i],
+                    saved[i],
                     rstds[i],
                     weights[i],
                     dxs[i],
@@ -225,7 +252,7 @@ def _bwd(
 @triton.jit
 def _bwd_heads(
     dys,
-    kept,
+    saved,
     rstds,
     weight,
     dxs,
@@ -245,19 +272,19 @@ def _bwd_heads(
     INTERLEAVED: tl.constexpr,
     NORM_FIRST: tl.constexpr,
 ):
-    """dx of all heads of the tokens n, and dw with their part added."""
+    """Store dx of all heads of the tokens n; return dw with their part added."""
     for first in tl.range(0, HEADS, BLOCK_H):
         h = first + tl.arange(0, BLOCK_H)[None, :, None]
         live = (n < tokens) & (h < HEADS)
         row = _row(n, h, T, strides[0], strides[1], strides[2])
         g1, g2 = _load_pairs(dys + row, live, D, BLOCK_C, INTERLEAVED)
         row = _row(n, h, T, strides[3], strides[4], strides[5])
-        n1, n2 = _load_pairs(kept + row, live, D, BLOCK_C, INTERLEAVED)
+        n1, n2 = _load_pairs(saved + row, live, D, BLOCK_C, INTERLEAVED)
         out = n.to(tl.int64) * HEADS + h
         rstd = tl.load(rstds + out, live, other=0)
         if ROTATE and NORM_FIRST:
             g1, g2 = g1 * cos + g2 * sin, g2 * cos - g1 * sin
-        if NORM_FIRST or weight is not None:  # kept is x
+        if NORM_FIRST or weight is not None:  # saved is x
             if ROTATE and not NORM_FIRST:
                 n1, n2 = n1 * cos - n2 * sin, n2 * cos + n1 * sin
             n1, n2 = n1 * rstd, n2 * rstd
@@ -276,7 +303,7 @@ def _bwd_heads(
 
 @triton.jit
 def _row(n, h, T, sample, token, head):
-    """Where head h of token n (of all samples) begins."""
+    """Return the offset of head h of token n (of all samples)."""
     b, t = (n // T).to(tl.int64), (n % T).to(tl.int64)
     return b * sample + t * token + h.to(tl.int64) * head
 
@@ -285,7 +312,7 @@ def _row(n, h, T, sample, token, head):
 def _angles(
     tables, strides, n, T, tokens, D: tl.constexpr, BLOCK_C: tl.constexpr, CONJUGATE: tl.constexpr
 ):
-    """cos and sin [BLOCK_T, 1, BLOCK_C] of the tokens n."""
+    """Return cos and sin [BLOCK_T, 1, BLOCK_C] of the tokens n."""
     c = tl.arange(0, BLOCK_C)[None, None, :]
     at = (n // T).to(tl.int64) * strides[0] + (n % T).to(tl.int64) * strides[1] + c
     live = (n < tokens) & (c < D // 2)
@@ -296,7 +323,7 @@ def _angles(
 
 @triton.jit
 def _load_pairs(row, live, D: tl.constexpr, BLOCK_C: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The pairs (x1, x2) of rows of D elements, each [.., .., BLOCK_C]."""
+    """Return the pairs (x1, x2) of rows of D elements, each [.., .., BLOCK_C]."""
     HALF: tl.constexpr = (D + 1) // 2
     if INTERLEAVED:
         c = tl.arange(0, 2 * BLOCK_C)[None, None, :]
@@ -327,7 +354,7 @@ def _store_pairs(
 
 @triton.jit
 def _store_sum(row, x1, x2, D: tl.constexpr, BLOCK_C: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The sum over tokens and heads."""
+    """Store the sum over tokens and heads."""
     x1 = tl.sum(tl.sum(x1, 1, keep_dims=True), 0, keep_dims=True)
     x2 = tl.sum(tl.sum(x2, 1, keep_dims=True), 0, keep_dims=True)
     _store_pairs(row, x1, x2, True, D, BLOCK_C, INTERLEAVED)

@@ -1,22 +1,24 @@
-"""Where the segments of a sample lie: how a program finds its own, whatever their number.
+"""The tokens of a segment, for any number of segments.
 
 Kernels take the ends of the segments as a tuple of integers, 2 * end + 1 each: Triton compiles a
-kernel anew for an integer argument that is 1 or a multiple of 16, and captions have any length.
+kernel again for an integer argument that is 1 or a multiple of 16, and captions have any length.
 """
 
 import itertools
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
 
 
-def ends(segments):
+def encode_ends(segments: Sequence[int]) -> tuple[int, ...]:
+    """Return 2 * end + 1 for each segment."""
     return tuple(2 * end + 1 for end in itertools.accumulate(segments))
 
 
 @triton.jit
 def block_tokens(block, ends, share):
-    """(segment, first token, token after the last) of a block of a sample."""
+    """Return (segment, first token, token after the last) of a block of a sample."""
     segment, begin, stop = 0, 0, 0
     start, first = 0, 0
     for s in tl.static_range(len(ends)):
@@ -32,7 +34,7 @@ def block_tokens(block, ends, share):
 
 @triton.jit
 def segment_tokens(segment, ends, share):
-    """(first token, token after the last, first block, number of blocks) of a segment."""
+    """Return (first token, token after the last, first block, number of blocks) of a segment."""
     begin, stop, block, blocks = 0, 0, 0, 0
     start, first = 0, 0
     for s in tl.static_range(len(ends)):

@@ -8,131 +8,130 @@ With dz and n as in _merge.py, and jdz = J dz:
     dx = dz - alpha * jdz      dalpha = sum_{b,s} Ts * jdz * (jf - jx)
     df = beta * dz + (alpha - beta) * jdz      dbeta = sum dz * (f - jf)
 
-dbeta is summed of centred f: where the token mean dominates, sum dz * f less its mean's part would
-be the small difference of large numbers.
+dbeta is the sum over centred f: if the token mean dominates, sum dz * f minus the mean's part would
+be a small difference of large numbers.
 
-Bytes, in passes: must move 3 forward, 5 backward. Here, by two sweeps:
+Bytes, in passes: at least 3 forward and 5 backward. These kernels, in two sweeps:
 
-    forward   _means 2 read (1 when jx is given), _apply 2 read and 1 written
-    backward  _bwd_reduce 3 read, _bwd_means partial rows alone, _bwd_apply 2 read and 2 written
-              (_bwd_apply 3 read with a weight: n comes from x and f)
+    forward   _means 2 read (1 if jx is an input), _apply 2 read and 1 written
+    backward  _bwd_reduce 3 read, _bwd_means only partial rows, _bwd_apply 2 read and 2 written
+              (_bwd_apply 3 read with a weight: n is computed from x and f)
 
-The second sweep walks from the last sample to the first, so that it begins with what the first
-sweep left in L2. No float atomics: partial rows are added in a fixed order.
+The second sweep goes from the last sample to the first, because L2 still holds the last ones from
+the first sweep. Partial rows are added in a fixed order, without float atomics.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from mvsplit_ops._host import (
-    blocks,
     ceil_div,
-    dense,
-    new,
-    power_of_two,
+    count_blocks,
+    new_empty,
+    new_statistics,
+    next_power_of_two,
     require_merge,
+    to_contiguous,
 )
-from mvsplit_ops.triton_kernels._common import column_sum, launch, missing, new_statistics, wide
+from mvsplit_ops.triton_kernels._common import column_sum, find_missing, launch, wide
 from mvsplit_ops.triton_kernels._merge import (
+    choose_tile,
     load_rows,
     load_vector,
     mean_d,
     rows_per_program,
     store_rows,
-    tile,
 )
-from mvsplit_ops.triton_kernels._segments import block_tokens, ends, segment_tokens
+from mvsplit_ops.triton_kernels._segments import block_tokens, encode_ends, segment_tokens
 
-__all__ = ["missing", "mvsplit_rmsnorm_bwd", "mvsplit_rmsnorm_fwd"]
+__all__ = ["find_missing", "mvsplit_rmsnorm_bwd", "mvsplit_rmsnorm_fwd"]
 
-# Column sums over tokens need no exchange between programs that own columns: 64 of them, 128 bytes
-# of bf16, are a whole line; 64 rows of a tile put four 16-byte loads of x and of f in flight.
+# Each program owns columns, so sums over tokens need no exchange between programs. 64 columns are
+# 128 bytes of bf16, a whole line; 64 rows of a tile are four 16-byte loads of x and of f.
 MEANS = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4}
-# _bwd_apply knows the rows' means, so that its tiles need not span D: 128 columns are 16 lanes of
-# 16 bytes; 64 rows of a program make its three vectors under 1/10 pass.
+# _bwd_apply reads the means of the rows, so its tiles need not span D. 128 columns are 16 lanes of
+# 16 bytes; with 64 rows of a program, its three vectors are less than 1/10 pass.
 APPLY = {"ROWS": 16, "COLUMNS": 128, "num_warps": 4}
 APPLY_ROWS = 64
 # Partial rows and parameter gradients: 32 columns of fp32, 128 bytes, 32 rows at a time.
 REDUCE = {"ROWS": 32, "COLUMNS": 32, "num_warps": 4}
-# The last block of a segment adds up the column sums of y that the others left: at most so many.
+# Most column sums of y of a segment, which its last block adds up.
 MOST_CARRIED = 32
 
 
-def mvsplit_rmsnorm_fwd(x, f, alpha, beta, weight, jx, segments, eps, carry):
+def mvsplit_rmsnorm_fwd(
+    x: Tensor,
+    f: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    weight: Tensor | None,
+    jx: Tensor | None,
+    segments: Sequence[int],
+    eps: float,
+    carry: bool,
+) -> tuple[Tensor, ...]:
     B, T, D = x.shape
-    S, at = len(segments), ends(segments)
-    x, f, alpha, beta, weight, given = dense(x, f, alpha, beta, weight, jx)
-    y, rstd = new(x, x.shape), new_statistics(x, B, T)
-    jx = new_statistics(x, *(0,) if given is not None else (B, S, D))
+    S, ends = len(segments), encode_ends(segments)
+    x, f, alpha, beta = to_contiguous(x, f, alpha, beta)
+    weight, input_jx = to_contiguous(weight, jx)
+    y, rstd = new_empty(x, x.shape), new_statistics(x, B, T)
+    new_jx = new_statistics(x, *(0,) if input_jx is not None else (B, S, D))
     jf, shift = (new_statistics(x, B, S, D) for _ in range(2))
     share = rows_per_program(B * T)
     jy, partials, tickets = new_statistics(x, 0), None, None
     if carry:
         share = max(share, ceil_div(max(segments), MOST_CARRIED))
-        jy, partials = (new_statistics(x, B, n, D) for n in (S, blocks(segments, share)))
-        tickets = new(x, (B, S), torch.int32)
-    count = blocks(segments, share)
-    launch(
-        _means,
-        B * S * ceil_div(D, MEANS["COLUMNS"]),
-        x,
-        *(x, f, alpha, beta, given, jx, jf, shift, tickets, at, T),
-        D=D,
-        **MEANS,
-    )
-    launch(
-        _apply,
-        B * count,
-        x,
-        *(x, f, beta, shift, weight, y, rstd, partials, tickets, jy, at, T, share, count),
-        EPS=eps,
-        **tile(D),
-    )
-    return y, jy, rstd, jx, jf
+        jy, partials = (new_statistics(x, B, n, D) for n in (S, count_blocks(segments, share)))
+        tickets = new_empty(x, (B, S), torch.int32)
+    count = count_blocks(segments, share)
+    programs = B * S * ceil_div(D, MEANS["COLUMNS"])
+    means = x, f, alpha, beta, input_jx, new_jx, jf, shift, tickets
+    launch(_means, programs, x, *means, ends, T, D=D, **MEANS)
+    tensors = x, f, beta, shift, weight, y, rstd, partials, tickets, jy
+    launch(_apply, B * count, x, *tensors, ends, T, share, count, EPS=eps, **choose_tile(D))
+    return y, jy, rstd, new_jx, jf
 
 
-def mvsplit_rmsnorm_bwd(dy, kept, f, alpha, beta, weight, rstd, jx, jf, segments):
+def mvsplit_rmsnorm_bwd(
+    dy: Tensor,
+    saved: Tensor,
+    f: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    jx: Tensor,
+    jf: Tensor,
+    segments: Sequence[int],
+) -> tuple[Tensor, ...]:
     B, T, D = dy.shape
-    S, at = len(segments), ends(segments)
-    require_merge(dy, kept, f, alpha, beta, weight, rstd, jx, jf, segments)
-    dy, kept, f, rstd, jx, jf = dense(dy, kept, f, rstd, jx, jf)
-    alpha, beta, weight = dense(alpha, beta, weight)
+    S, ends = len(segments), encode_ends(segments)
+    require_merge(dy, saved, f, (alpha, beta, weight), rstd, (jx, jf), segments)
+    dy, saved, f, rstd, jx, jf = to_contiguous(dy, saved, f, rstd, jx, jf)
+    (alpha, beta), (weight,) = to_contiguous(alpha, beta), to_contiguous(weight)
     params = 2 if weight is None else 3
     share = rows_per_program(B * T)
-    count = blocks(segments, share)
+    count = count_blocks(segments, share)
     partials = new_statistics(dy, params, B * count, D)
     mean, jdz = new_statistics(dy, B, T), new_statistics(dy, B, S, D)
     parts = new_statistics(dy, params, B * S, D)
-    dx, df = new(dy, dy.shape), new(dy, dy.shape)
+    dx, df = new_empty(dy, dy.shape), new_empty(dy, dy.shape)
     dparams = [new_statistics(dy, D) for _ in range(params)]
-    launch(
-        _bwd_reduce,
-        B * count,
-        dy,
-        *(dy, kept, f, alpha, beta, weight, rstd, jx, jf, mean, partials, at, T, share, count),
-        **tile(D, "plain" if weight is None else "weighted backward"),
-    )
-    launch(
-        _bwd_means,
-        B * S * ceil_div(D, REDUCE["COLUMNS"]),
-        dy,
-        *(partials, jx, jf, jdz, parts, at, B, share, count),
-        D=D,
-        PARAMS=params,
-        **REDUCE,
-    )
-    columns = min(APPLY["COLUMNS"], power_of_two(D))
-    reducers, count = ceil_div(D, columns), blocks(segments, APPLY_ROWS)
-    launch(
-        _bwd_apply,
-        reducers * (1 + B * count),
-        dy,
-        *(dy, kept, f, alpha, beta, weight, rstd, jx, jf, mean, jdz, parts, dx, df),
-        *(tuple(dparams), at, B, T, APPLY_ROWS, count),
-        D=D,
-        **{**APPLY, "COLUMNS": columns},
-    )
+    tensors = dy, saved, f, alpha, beta, weight, rstd, jx, jf, mean
+    tile = choose_tile(D, "plain" if weight is None else "weighted backward")
+    launch(_bwd_reduce, B * count, dy, *tensors, partials, ends, T, share, count, **tile)
+    programs = B * S * ceil_div(D, REDUCE["COLUMNS"])
+    means = partials, jx, jf, jdz, parts
+    launch(_bwd_means, programs, dy, *means, ends, B, share, count, D=D, PARAMS=params, **REDUCE)
+    columns = min(APPLY["COLUMNS"], next_power_of_two(D))
+    count, tile = count_blocks(segments, APPLY_ROWS), {**APPLY, "COLUMNS": columns}
+    programs = ceil_div(D, columns) * (1 + B * count)
+    others = jdz, parts, dx, df, tuple(dparams), ends, B, T, APPLY_ROWS, count
+    launch(_bwd_apply, programs, dy, *tensors, *others, D=D, **tile)
     return dx, df, *dparams, *([] if weight is not None else [new_statistics(dy, 0)])
 
 
@@ -142,7 +141,7 @@ def _means(
     f,
     alpha,
     beta,
-    given,
+    input_jx,
     jxs,
     jfs,
     shifts,
@@ -163,15 +162,15 @@ def _means(
     for first in range(begin, end, ROWS):
         t = first + tl.arange(0, ROWS)
         sum_f += load_rows(f, b * T + t, d, t < end, D)
-        if given is None:
+        if input_jx is None:
             sum_x += load_rows(x, b * T + t, d, t < end, D)
     at = unit.to(tl.int64) * D + d
     jf = tl.sum(sum_f, 0) / (end - begin)
-    if given is None:
+    if input_jx is None:
         jx = tl.sum(sum_x, 0) / (end - begin)
         tl.store(jxs + at, jx, d < D)
     else:
-        jx = tl.load(given + at, d < D, other=0)
+        jx = tl.load(input_jx + at, d < D, other=0)
     tl.store(jfs + at, jf, d < D)
     tl.store(shifts + at, _shift(alpha, beta, jx, jf, d, D), d < D)
     if tickets is not None and part == 0:
@@ -237,9 +236,9 @@ def _apply(
 def _add_up_last(
     partials, tickets, jys, unit, base, segment, ends, share, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Of the programs of a segment, the last to come adds up the rows that they have stored."""
+    """In the last program of a segment to finish, add up the rows that its programs stored."""
     begin, end, first, total = segment_tokens(segment, ends, share)
-    tl.debug_barrier()  # all threads have stored before one of them tells
+    tl.debug_barrier()  # all threads have stored before one of them takes a ticket
     if tl.atomic_add(tickets + unit, 1, sem="acq_rel") == total - 1:
         d = tl.arange(0, BLOCK_D)
         rows = partials + (base + first).to(tl.int64) * D
@@ -250,7 +249,7 @@ def _add_up_last(
 @triton.jit(do_not_specialize=["T", "share", "count"])
 def _bwd_reduce(
     dy,
-    kept,
+    saved,
     f,
     alpha,
     beta,
@@ -285,9 +284,9 @@ def _bwd_reduce(
         r, live = b * T + t, t < end
         rstd = tl.load(rstds + r, live, other=0)[:, None]
         g = load_rows(dy, r, d, live, D)
-        n = load_rows(kept, r, d, live, D)
+        n = load_rows(saved, r, d, live, D)
         branch = load_rows(f, r, d, live, D)
-        if weight is not None:  # kept is x
+        if weight is not None:  # saved is x
             n = (n + bt * branch + shift) * rstd
             sum_dyn += tl.sum(g * n, 0)
             g *= w
@@ -320,7 +319,7 @@ def _bwd_means(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """jdz of a segment, and its part of dalpha, dbeta and dweight."""
+    """Store jdz of a segment, and its part of dalpha, dbeta and dweight."""
     slices = tl.cdiv(D, COLUMNS)
     unit = tl.program_id(0) // slices
     b, segment = unit // len(ends), unit % len(ends)
@@ -341,7 +340,7 @@ def _bwd_means(
 @triton.jit(do_not_specialize=["B", "T", "share", "count"])
 def _bwd_apply(
     dy,
-    kept,
+    saved,
     f,
     alpha,
     beta,
@@ -364,7 +363,7 @@ def _bwd_apply(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """dx and df; the first programs add up the parameters' gradients instead."""
+    """Store dx and df; the first programs add up the gradients of the parameters instead."""
     slices: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
     pid = tl.program_id(0)
     d = (pid % slices) * COLUMNS + tl.arange(0, COLUMNS)
@@ -392,7 +391,7 @@ def _bwd_apply(
             rstd = tl.load(rstds + r, live, other=0)[:, None]
             mean = tl.load(means + r, live, other=0)[:, None]
             g = load_rows(dy, r, d, live, D)
-            n = load_rows(kept, r, d, live, D)
+            n = load_rows(saved, r, d, live, D)
             if weight is not None:
                 n = (n + bt * load_rows(f, r, d, live, D) + shift) * rstd
                 g *= w

@@ -1,20 +1,8 @@
-"""QK-Norm of q and k in one launch: the norm of _heads.py without its rotation."""
+"""QK-Norm of q and k in one launch: the norm of _heads.py without the rotation."""
 
-from mvsplit_ops.triton_kernels._common import missing
-from mvsplit_ops.triton_kernels._heads import backward, forward
+from mvsplit_ops.triton_kernels._common import find_missing
+from mvsplit_ops.triton_kernels._heads import LAUNCHERS
 
-__all__ = ["missing", "qk_norm_bwd", "qk_norm_fwd"]
+__all__ = ["find_missing", "qk_norm_bwd", "qk_norm_fwd"]
 
-_NO_ROTATION = {"interleaved": False, "conjugate": False, "norm_first": False}
-
-
-def qk_norm_fwd(q, k, q_weight, k_weight, eps):
-    ys, rstds = forward([q, k], [q_weight, k_weight], (), eps, norm=True, **_NO_ROTATION)
-    return *ys, *rstds
-
-
-def qk_norm_bwd(dq, dk, q, k, q_rstd, k_rstd, q_weight, k_weight):
-    grads, dweights = backward(
-        [dq, dk], [q, k], [q_rstd, k_rstd], [q_weight, k_weight], (), **_NO_ROTATION
-    )
-    return *grads, *dweights
+qk_norm_fwd, qk_norm_bwd = LAUNCHERS.qk_norm_fwd, LAUNCHERS.qk_norm_bwd

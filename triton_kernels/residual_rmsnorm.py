@@ -2,50 +2,69 @@
 
     dx = dz    df = scale * dz    dscale = sum dz * f    dweight = sum dy * n
 
-Bytes, in passes: forward 2 read and 1 written. Backward without parameters 2 and 1: n is y, df is
-dx. With a scale 3 and 2: n comes from x and f, which are read for dscale in any case. Partial rows
-of dscale and dweight are added by a second launch, in a fixed order.
+Bytes, in passes: forward 2 read and 1 written. Backward without parameters 2 and 1: n is y, and df
+is dx. Backward with a scale 3 and 2: n is computed from x and f, which dscale needs anyway. A
+second launch adds partial rows of dscale and dweight in a fixed order.
 """
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from mvsplit_ops._host import ceil_div, dense, new, require_residual
-from mvsplit_ops.triton_kernels._common import launch, missing, new_statistics, sum_rows
+from mvsplit_ops._host import (
+    ceil_div,
+    new_empty,
+    new_statistics,
+    require_residual,
+    to_contiguous,
+)
+from mvsplit_ops.triton_kernels._common import find_missing, launch, sum_rows
 from mvsplit_ops.triton_kernels._merge import (
+    choose_tile,
     load_rows,
     load_vector,
     mean_d,
     rows_per_program,
     store_rows,
-    tile,
 )
 
-__all__ = ["missing", "residual_rmsnorm_bwd", "residual_rmsnorm_fwd"]
+__all__ = ["find_missing", "residual_rmsnorm_bwd", "residual_rmsnorm_fwd"]
 
 
-def residual_rmsnorm_fwd(x, f, scale, weight, eps):
-    x, f, scale, weight = dense(x, f, scale, weight)
+def residual_rmsnorm_fwd(
+    x: Tensor, f: Tensor, scale: Tensor | None, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    x, f = x.contiguous(), f.contiguous()
+    scale, weight = to_contiguous(scale, weight)
     B, T, D = x.shape
-    y, rstd, N = new(x, x.shape), new_statistics(x, B, T), B * T
+    y, rstd, N = new_empty(x, x.shape), new_statistics(x, B, T), B * T
     share = rows_per_program(N)
-    launch(_fwd, ceil_div(N, share), x, x, f, scale, weight, y, rstd, N, share, EPS=eps, **tile(D))
+    tensors = x, f, scale, weight, y, rstd
+    launch(_fwd, ceil_div(N, share), x, *tensors, N, share, EPS=eps, **choose_tile(D))
     return y, rstd
 
 
-def residual_rmsnorm_bwd(dy, kept, f, scale, weight, rstd):
+def residual_rmsnorm_bwd(
+    dy: Tensor,
+    saved: Tensor,
+    f: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    rstd: Tensor,
+) -> tuple[Tensor, ...]:
     B, T, D = dy.shape
-    require_residual(dy, kept, f, scale, weight, rstd)
-    dy, kept, f, rstd, *params = dense(dy, kept, f, rstd, scale, weight)
+    require_residual(dy, saved, f, scale, weight, rstd)
+    dy, saved, rstd = to_contiguous(dy, saved, rstd)
+    f, *params = to_contiguous(f, scale, weight)
     N = B * T
-    dx, df = new(dy, dy.shape), new(dy, 0 if scale is None else dy.shape)
+    dx, df = new_empty(dy, dy.shape), new_empty(dy, 0 if scale is None else dy.shape)
     share = rows_per_program(N)
-    programs, given = ceil_div(N, share), sum(p is not None for p in params)
-    partials = new_statistics(dy, given, programs, D)
-    tensors = dy, kept, f, *params, rstd, dx, df, partials
+    programs, outputs = ceil_div(N, share), sum(p is not None for p in params)
+    partials = new_statistics(dy, outputs, programs, D)
+    tensors = dy, saved, f, *params, rstd, dx, df, partials
     kind = "plain" if weight is None else "weighted backward"
-    launch(_bwd, programs, dy, *tensors, N, share, **tile(D, kind))
-    sums = iter(sum_rows(partials) if given else ())
+    launch(_bwd, programs, dy, *tensors, N, share, **choose_tile(D, kind))
+    sums = iter(sum_rows(partials) if outputs else ())
     return dx, df, *(new_statistics(dy, 0) if p is None else next(sums) for p in params)
 
 
@@ -86,7 +105,7 @@ def _fwd(
 @triton.jit(do_not_specialize=["N", "share"])
 def _bwd(
     dy,
-    kept,
+    saved,
     f,
     scale,
     weight,
@@ -114,8 +133,8 @@ def _bwd(
         live = r < end
         rstd = tl.load(rstds + r, live, other=0)[:, None]
         g = load_rows(dy, r, d, live, D)
-        n = load_rows(kept, r, d, live, D)
-        if f is not None:  # kept is x
+        n = load_rows(saved, r, d, live, D)
+        if f is not None:  # saved is x
             branch = load_rows(f, r, d, live, D)
             n += branch * s if scale is not None else branch
             n *= rstd

@@ -2,47 +2,48 @@
 
     s = sigmoid(gate)    dvalue = dy * gate * s    dgate = dy * value * s * (1 + gate * (1 - s))
 
-Bytes, in N*F elements: forward 2 read and 1 written, backward 3 and 2: what must move.
+Bytes, in N*F elements: forward 2 read and 1 written, backward 3 and 2, the minimum.
 Launch: a flat grid over the N*F results, so that no width is padded to a power of two; a block may
 hold the end of one row and the beginning of the next.
 """
 
 import math
+from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from mvsplit_ops._host import ceil_div, new, require, row_stride, rows
-from mvsplit_ops.triton_kernels._common import launch, missing, wide
+from mvsplit_ops._host import ceil_div, new_empty, require, row_stride, to_strided_rows
+from mvsplit_ops.triton_kernels._common import find_missing, launch, wide
 
-__all__ = ["missing", "swiglu_bwd", "swiglu_fwd"]
+__all__ = ["find_missing", "swiglu_bwd", "swiglu_fwd"]
 
-# Results of a program, its warps. 16 elements of each tensor a thread: of bf16 two 16-byte loads of
-# each in flight, 64 bytes forward and 96 backward, at less than 64 registers.
-FWD = {"BLOCK": 2048, "num_warps": 4}
-BWD = {"BLOCK": 2048, "num_warps": 4}
+# Results of a program, and its warps: 16 elements of each tensor per thread. In bf16 these are two
+# 16-byte loads of each in flight, 64 bytes forward and 96 backward, with fewer than 64 registers.
+TILE = {"BLOCK": 2048, "num_warps": 4}
 
 
-def swiglu_fwd(x):
-    x = rows(x)
-    y = new(x, (*x.shape[:-1], x.shape[-1] // 2))
-    _launch(_fwd, FWD, x, y, x, y)
+def swiglu_fwd(x: Tensor) -> Tensor:
+    x = to_strided_rows(x)
+    y = new_empty(x, (*x.shape[:-1], x.shape[-1] // 2))
+    _launch(_fwd, x, y, x, y)
     return y
 
 
-def swiglu_bwd(dy, x):
+def swiglu_bwd(dy: Tensor, x: Tensor) -> Tensor:
     require("dy", dy, (*x.shape[:-1], x.shape[-1] // 2), x.dtype)
-    x, dy, dx = rows(x), rows(dy), new(x, x.shape)
-    _launch(_bwd, BWD, x, dy, dy, x, dx)
+    x, dy, dx = to_strided_rows(x), to_strided_rows(dy), new_empty(x, x.shape)
+    _launch(_bwd, x, dy, dy, x, dx)
     return dx
 
 
-def _launch(kernel, table, x, y, *tensors):
+def _launch(kernel: Any, x: Tensor, y: Tensor, *tensors: Tensor) -> None:
     total, F = y.numel(), y.shape[-1]
     vector = math.gcd(F, 16 // x.element_size()) if F else 1
     strides = row_stride(x), row_stride(y)
-    programs = ceil_div(total, table["BLOCK"])
-    launch(kernel, programs, x, *tensors, total, *strides, F=F, VECTOR=vector, **table)
+    programs = ceil_div(total, TILE["BLOCK"])
+    launch(kernel, programs, x, *tensors, total, *strides, F=F, VECTOR=vector, **TILE)
 
 
 @triton.jit(do_not_specialize=["total"])
@@ -82,14 +83,14 @@ def _bwd(
 
 @triton.jit
 def _places(total, F: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
-    """Row (int64), column and liveness of a program's results, as [vectors, VECTOR].
+    """Return row (int64), column and liveness of a program's results, as [vectors, VECTOR].
 
-    A vector lies in one row, so that its place is found once for all its elements; and Triton sees
-    that they are neighbours, which it does not see through a division of each.
+    A vector is inside one row, so one division serves all its elements, and Triton recognises them
+    as contiguous, which it does not if each element is divided.
     """
     start = tl.program_id(0).to(tl.int64) * BLOCK
     row = start // F
-    # Within a block 32 bits do, and a division by the constant F costs a multiplication.
+    # 32 bits suffice within a block, where division by the constant F becomes a multiplication.
     first = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR
     place = (start - row * F).to(tl.int32) + first
     column = place % F // VECTOR * VECTOR + tl.arange(0, VECTOR)[None, :]

@@ -1,14 +1,19 @@
-"""Backend `cuda`: the kernels of csrc/cuda, compiled at run time or ahead of it.
+"""Backend `cuda`: the kernels of csrc/cuda, compiled at run time or ahead of time.
 
-    <op>.py        launchers: which kernel, how many threads, with what
+    heads.py, swiglu.py, mvsplit_rmsnorm.py, residual_rmsnorm.py
+                   launchers: choose the program, the number of threads and the arguments
+    common.py      helpers of all launchers;  rows.py  thread layout of kernels over rows of D
+    launch.py      Program, Launch, Limits and packed arguments, which launchers pass to a device
+    device.py      the device of a tensor: a GPU, or an emulator
+    gpu.py         the CUDA driver: limits of a GPU, loading, launching
     compile.py     source to machine code: prebuilt, from the disk cache, or by NVRTC
-    gpu.py         the driver: limits of a GPU, loading, launching
-    device.py      what the two sides say to each other
+    catalogue.py   the programs of common model shapes, to compile ahead of time
 
-What is here are the kernel functions that mvsplit_ops/_backends.py looks for:
-<op>_fwd and <op>_bwd.
+The names exported here are the kernel functions that mvsplit_ops/_backends.py looks for: <op>_fwd
+and <op>_bwd.
 """
 
+from mvsplit_ops._cuda import gpu
 from mvsplit_ops._cuda.device import installed
 from mvsplit_ops._cuda.heads import (
     qk_norm_bwd,
@@ -23,7 +28,7 @@ from mvsplit_ops._cuda.residual_rmsnorm import residual_rmsnorm_bwd, residual_rm
 from mvsplit_ops._cuda.swiglu import swiglu_bwd, swiglu_fwd
 
 __all__ = [
-    "missing",
+    "find_missing",
     "mvsplit_rmsnorm_bwd",
     "mvsplit_rmsnorm_fwd",
     "qk_norm_bwd",
@@ -39,12 +44,10 @@ __all__ = [
 ]
 
 
-def missing(device_type):
-    """Why these kernels cannot run on tensors of a device type; None when they can."""
+def find_missing(device_type: str) -> str | None:
+    """Return why these kernels cannot run on tensors of a device type, or None if they can."""
     if device_type in installed:
         return None
     if device_type != "cuda":
         return f"it takes tensors on cuda, not {device_type}"
-    from mvsplit_ops._cuda import gpu
-
-    return gpu.why_not()
+    return gpu.find_missing()

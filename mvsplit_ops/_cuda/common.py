@@ -1,14 +1,16 @@
-"""What the launchers share: allocation, vector widths, defines, the sum of partial rows."""
+"""Helpers of all launchers: allocation, programs, vector widths, sums of partial rows."""
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from mvsplit_ops import _host
 from mvsplit_ops._cuda.device import device_of
-from mvsplit_ops._cuda.launch import Launch, Program
-from mvsplit_ops._host import accumulator, ceil_div
+from mvsplit_ops._cuda.launch import Argument, Launch, Program
+from mvsplit_ops._host import accumulator_dtype, ceil_div
 
 CUDA_TYPES = {
     torch.bfloat16: "bfloat16",
@@ -16,57 +18,60 @@ CUDA_TYPES = {
     torch.float32: "float",
     torch.float64: "double",
 }
-SUM_ROWS = {"columns": 32, "threads": 256}
+SUM_COLUMNS, SUM_THREADS = 32, 256  # of a block of sum_rows
 
 
-def new(like, shape, dtype=None):
-    """A tensor on the device of `like`; NaN where a stand-in for a GPU looks for what is unset."""
-    t = _host.new(like, shape, dtype)
+def new_empty(like: Tensor, shape: Sequence[int] | int, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a new tensor like `like`; an emulator fills it with NaN, to find unset values."""
+    t = _host.new_empty(like, shape, dtype)
     return t if t.is_cuda else device_of(t).poison(t)
 
 
-def new_statistics(like, *shape):
-    return new(like, shape, accumulator(like.dtype))
+def new_statistics(like: Tensor, *shape: int) -> Tensor:
+    return new_empty(like, shape, accumulator_dtype(like.dtype))
 
 
 @functools.lru_cache(maxsize=4096)
-def program(source, dtype, **defines):
-    """The Program for activations of a dtype."""
+def make_program(source: str, dtype: torch.dtype, **defines: int) -> Program:
+    """Return the Program for activations of a dtype."""
     named = {"DTYPE": CUDA_TYPES[dtype], **defines}
     return Program(source, tuple(f"{name}={value}" for name, value in named.items()))
 
 
-def vector(tensors, *lengths):
-    """Elements of one access: the first tensor's in 16 bytes, fewer where a length or the place of
-    a tensor is no multiple of it. A tensor of a wider dtype takes several accesses of 16 bytes.
+def choose_vector(tensors: Sequence[Tensor | None], *lengths: int) -> int:
+    """Return the number of elements of one access.
+
+    It is 16 bytes of the first tensor, or fewer if a length or the address of a tensor is not a
+    multiple of that. A tensor of a wider dtype takes several accesses of 16 bytes.
     """
-    tensors = [t for t in tensors if t is not None]
-    n = math.gcd(16 // tensors[0].element_size(), *lengths)
-    addresses = [t.data_ptr() for t in tensors]
+    present = [t for t in tensors if t is not None]
+    n = math.gcd(16 // present[0].element_size(), *lengths)
+    addresses = [t.data_ptr() for t in present]
     if any(address % 16 for address in addresses):
-        for address, t in zip(addresses, tensors, strict=True):
+        for address, t in zip(addresses, present, strict=True):
             while address % min(16, n * t.element_size()):
                 n //= 2
     return n
 
 
-def parameter(p):
-    """The two fields of a `Parameter`: its address, and whether it is narrower than float32."""
+def to_parameter_fields(p: Tensor | None) -> tuple[Tensor | None, bool]:
+    """Return the fields of a kernel's `Parameter`: its address, and if it is narrower than fp32."""
     return p, p is not None and p.dtype != torch.float32
 
 
-def sum_rows(partials, source):
-    """(outputs, rows, width) -> (width,) for each output: sums over the rows, in a fixed order.
+def sum_rows(partials: Tensor, program: Program) -> list[Tensor]:
+    """Return the sums over the rows of (outputs, rows, width): a (width,) tensor for each output.
 
-    By the kernel of that name in the program `source`; three outputs at most.
+    The kernel sum_rows of `program` adds them in a fixed order; it takes at most three outputs.
     """
     outputs, rows, width = partials.shape
-    sums = [new(partials, (width,)) for _ in range(outputs)]
-    grid = outputs * ceil_div(width, SUM_ROWS["columns"])
-    threads = SUM_ROWS["threads"]
+    sums = [new_empty(partials, (width,)) for _ in range(outputs)]
+    grid = outputs * ceil_div(width, SUM_COLUMNS)
+    shared = SUM_THREADS * partials.element_size()
+    padding: tuple[Argument, ...] = (None,) * (3 - outputs)
     device_of(partials).launch(
-        source,
-        Launch("sum_rows", grid, threads, shared=threads * partials.element_size()),
-        (partials, *sums, *(None,) * (3 - outputs), rows, width),
+        program,
+        Launch("sum_rows", grid, SUM_THREADS, shared=shared),
+        (partials, *sums, *padding, rows, width),
     )
     return sums

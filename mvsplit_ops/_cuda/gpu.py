@@ -1,8 +1,8 @@
-"""A GPU as kernels are launched on it: its limits, loaded modules, and the launch itself.
+"""A GPU that launches kernels: its limits, the loaded modules, and the launch itself.
 
-Through cuda-python's driver bindings, in the primary context, which is torch's. A kernel is
-compiled and loaded by its first launch, which must not come while a CUDA graph is captured. From
-then on a launch is one call of the driver, on torch's current stream, and waits for nothing.
+It calls the CUDA driver through cuda-python, in the primary context, which PyTorch uses too. The
+first launch of a kernel compiles and loads it, and must not happen while a CUDA graph is captured.
+Every later launch is one call of the driver, on PyTorch's current stream, and waits for nothing.
 """
 
 import contextlib
@@ -10,26 +10,30 @@ import ctypes
 import functools
 import importlib.metadata
 import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from mvsplit_ops._cuda import compile
-from mvsplit_ops._cuda.launch import Limits, pack
+from mvsplit_ops._cuda.launch import Argument, Launch, Limits, Program, pack
 
-OLDEST_PYTHON, OLDEST_GPU = (12, 9), (8, 0)
-DEFAULT_SHARED, PORTABLE_CLUSTER = 48 << 10, 8  # what a launch gets without asking for more
-MOST_CONFIGURATIONS = 4096  # kept; each distinct shape of a batch may add some
+OLDEST_BINDINGS = (12, 9)  # cuda-python
+OLDEST_GPU = (8, 0)  # compute capability
+DEFAULT_SHARED, PORTABLE_CLUSTER = 48 << 10, 8  # the most that a launch gets without asking
+MOST_CONFIGURATIONS = 4096  # in the cache; each new shape of a batch may add some
 
 
-def why_not():
-    """Why no kernel can run on the GPUs of this machine; None when one can."""
-    found, needed = _bindings_version(), ".".join(map(str, OLDEST_PYTHON))
-    if found is None:
+def find_missing() -> str | None:
+    """Return why no kernel can run on the GPUs of this machine, or None if one can."""
+    version, needed = _find_bindings(), ".".join(map(str, OLDEST_BINDINGS))
+    if version is None:
         return "cuda-python is not installed; run pip install 'mvsplit-ops[cuda]'"
-    if tuple(map(int, found.split(".")[:2])) < OLDEST_PYTHON:
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_BINDINGS:
         return (
-            f"cuda-python {needed} or newer is needed, found {found}; "
+            f"cuda-python must be {needed} or newer, got {version}; "
             "run pip install --upgrade 'mvsplit-ops[cuda]'"
         )
     if torch.version.cuda is None:
@@ -37,18 +41,18 @@ def why_not():
     if not torch.cuda.is_available():
         return "torch finds no CUDA device; see torch.cuda.is_available()"
     best = max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
-    return None if best >= OLDEST_GPU else _too_old(best)
+    return None if best >= OLDEST_GPU else _describe_too_old(best)
 
 
-def architecture(capability):
-    """What compilers call a compute capability: (8, 0) is sm_80, (9, 0) sm_90a."""
+def architecture(capability: tuple[int, int]) -> str:
+    """Return the compilers' name of a compute capability: (8, 0) is sm_80, (9, 0) sm_90a."""
     major, minor = capability
     return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
 
 
 @functools.cache
-def gpu(index):
-    """The GPU that torch numbers `index`."""
+def get_gpu(index: int) -> "GPU":
+    """Return the GPU that PyTorch numbers `index`."""
     return GPU(index)
 
 
@@ -57,48 +61,54 @@ _Address = ctypes.c_char_p * 1  # an array of one pointer: a kernel has one para
 
 @dataclass
 class _Kernel:
-    name: str  # as errors say it
-    function: object
+    name: str  # in errors
+    function: Any
     static: int  # bytes of shared memory that it declares itself
-    dynamic: int = 0  # bytes that a launch may have, where that was asked for
+    dynamic: int = 0  # bytes that a launch may have, if that was asked for
 
 
 class GPU:
-    """A Device (device.py)."""
+    """A Device (launch.py)."""
 
-    def __init__(self, index):
+    def __init__(self, index: int) -> None:
         from cuda.bindings import driver
 
         self.index, self._driver, self._enqueue = index, driver, driver.cuLaunchKernelEx
         self._current = driver.cuCtxGetCurrent
         self._call("cuInit", 0)
         device = self._call("cuDeviceGet", index)
-        self.limits = self._limits(device)
+        self.limits = self._query_limits(device)
         self._context = self._call("cuDevicePrimaryCtxRetain", device)
-        self._context_at = int(self._context)
-        self._lock = threading.RLock()  # of what follows; a backward runs on a thread of its own
-        self._modules, self._kernels = {}, {}
-        self._resident = {}  # {(program, launch of one cluster): whether it fits}
-        self._ready = {}  # {(program, launch, stream): (configuration, function)}
+        self._context_address = int(self._context)
+        # The lock protects what follows: autograd runs backward on threads of its own.
+        self._lock = threading.RLock()
+        self._modules: dict[Program, Any] = {}
+        self._kernels: dict[tuple[Program, str], _Kernel] = {}
+        self._resident: dict[tuple, bool] = {}  # {program and launch of one cluster: it fits}
+        # {(program, launch, stream): (configuration, function)}
+        self._ready: dict[tuple[Program, Launch, int], tuple[Any, Any]] = {}
 
-    def holds(self, program, launch):
+    def holds(self, program: Program, launch: Launch) -> bool:
         key = program, launch.kernel, launch.block, launch.cluster, launch.shared
         if key not in self._resident:
             self._resident[key] = self._fits(program, launch)
         return self._resident[key]
 
-    def launch(self, program, launch, args):
+    def poison(self, t: Tensor) -> Tensor:
+        return t
+
+    def launch(self, program: Program, launch: Launch, args: Sequence[Argument]) -> None:
         if launch.grid == 0:
             return
         stream = torch.cuda.current_stream(self.index).cuda_stream
         ready = self._ready.get((program, launch, stream))
         if ready is None:
             ready = self._prepare(program, launch, stream)
-        struct = _Address(pack(args))  # of its bytes, which it keeps alive
+        struct = _Address(pack(args))  # the address of the bytes, which it keeps alive
         arguments = (*ready, ctypes.addressof(struct), 0)
-        if int(self._current()[1]) == self._context_at:
+        if int(self._current()[1]) == self._context_address:
             (status,) = self._enqueue(*arguments)
-        else:  # another GPU's, or none: a thread that has not called CUDA yet
+        else:  # the context of another GPU, or none on a thread that has not called CUDA yet
             with self._in_context():
                 (status,) = self._enqueue(*arguments)
         if status:
@@ -106,35 +116,34 @@ class GPU:
 
     # ---- once for each kernel, or shape of a launch ----
 
-    def _prepare(self, program, launch, stream):
+    def _prepare(self, program: Program, launch: Launch, stream: int) -> tuple[Any, Any]:
         with self._lock, self._in_context():
-            kernel = self._kernel(program, launch.kernel)
+            kernel = self._load_kernel(program, launch.kernel)
             self._allow(kernel, launch)
             if len(self._ready) >= MOST_CONFIGURATIONS:
                 self._ready.clear()
-            ready = self._configuration(launch, launch.grid, stream), kernel.function
+            ready = self._configure(launch, launch.grid, stream), kernel.function
             self._ready[program, launch, stream] = ready
         return ready
 
-    def _fits(self, program, launch):
+    def _fits(self, program: Program, launch: Launch) -> bool:
         if launch.cluster > self.limits.cluster or launch.shared > self.limits.shared:
             return False
         with self._lock, self._in_context():
-            kernel = self._kernel(program, launch.kernel)
+            kernel = self._load_kernel(program, launch.kernel)
             if kernel.static + launch.shared > self.limits.shared:
                 return False
             if launch.cluster == 0:
                 return True
             self._allow(kernel, launch)
-            one = self._configuration(launch, launch.cluster, 0)
+            one = self._configure(launch, launch.cluster, 0)
             status, clusters = self._driver.cuOccupancyMaxActiveClusters(kernel.function, one)
             if status == self._driver.CUresult.CUDA_ERROR_INVALID_CLUSTER_SIZE:
                 return False
             self._check("cuOccupancyMaxActiveClusters", status, kernel.name)
             return clusters >= 1
 
-    def _kernel(self, program, name):
-        """A kernel, loaded."""
+    def _load_kernel(self, program: Program, name: str) -> _Kernel:
         key = program, name
         if key in self._kernels:
             return self._kernels[key]
@@ -147,33 +156,32 @@ class GPU:
                 "run the same forward and backward once before the capture"
             )
         if program not in self._modules:
-            code = compile.binary(program, self.limits.architecture)
+            code = compile.load_or_compile(program, self.limits.architecture)
             self._modules[program] = self._call("cuModuleLoadData", code, where=where)
         module = self._modules[program]
         function = self._call("cuModuleGetFunction", module, name.encode(), where=where)
-        # A question about the kernel: a driver that loads lazily would put it off to a launch.
+        # Asking for an attribute loads the kernel now: a lazy driver would wait for a launch.
         size = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
         static = self._call("cuFuncGetAttribute", size, function, where=where)
         kernel = self._kernels[key] = _Kernel(where, function, static)
         return kernel
 
-    def _allow(self, kernel, launch):
-        """Let a kernel have the shared memory and the cluster of a launch, where it must ask."""
+    def _allow(self, kernel: _Kernel, launch: Launch) -> None:
+        """Ask for the shared memory and the cluster of a launch if the defaults are too small."""
         names = self._driver.CUfunction_attribute
-        if kernel.static + launch.shared > DEFAULT_SHARED and launch.shared > kernel.dynamic:
-            name = names.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            self._call(
-                "cuFuncSetAttribute", kernel.function, name, launch.shared, where=kernel.name
-            )
-            kernel.dynamic = launch.shared  # less would take back what an earlier launch needs
-        if launch.cluster:  # its blocks share an SM by their shared memory: no L1 beside it
-            name = names.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-            self._call("cuFuncSetAttribute", kernel.function, name, 100, where=kernel.name)
-        if launch.cluster > PORTABLE_CLUSTER:
-            name = names.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
-            self._call("cuFuncSetAttribute", kernel.function, name, 1, where=kernel.name)
 
-    def _configuration(self, launch, grid, stream):
+        def set_attribute(name: Any, value: int) -> None:
+            self._call("cuFuncSetAttribute", kernel.function, name, value, where=kernel.name)
+
+        if kernel.static + launch.shared > DEFAULT_SHARED and launch.shared > kernel.dynamic:
+            set_attribute(names.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, launch.shared)
+            kernel.dynamic = launch.shared  # never less, because an earlier launch needs it
+        if launch.cluster:  # its blocks share an SM by their shared memory, so leave none to L1
+            set_attribute(names.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100)
+        if launch.cluster > PORTABLE_CLUSTER:
+            set_attribute(names.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
+
+    def _configure(self, launch: Launch, grid: int, stream: int) -> Any:
         driver = self._driver
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
@@ -192,42 +200,42 @@ class GPU:
 
     # ---- the driver ----
 
-    def _limits(self, device):
+    def _query_limits(self, device: Any) -> Limits:
         attributes = self._driver.CUdevice_attribute
 
-        def ask(name):
+        def query(name: str) -> int:
             attribute = getattr(attributes, f"CU_DEVICE_ATTRIBUTE_{name}")
             return self._call("cuDeviceGetAttribute", attribute, device)
 
-        capability = ask("COMPUTE_CAPABILITY_MAJOR"), ask("COMPUTE_CAPABILITY_MINOR")
+        capability = query("COMPUTE_CAPABILITY_MAJOR"), query("COMPUTE_CAPABILITY_MINOR")
         if capability < OLDEST_GPU:
             raise RuntimeError(
                 f"mvsplit_ops: backend 'cuda' cannot run on cuda:{self.index}: "
-                f"{_too_old(capability)}; pass backend='reference'"
+                f"{_describe_too_old(capability)}; pass backend='reference'"
             )
-        cluster = (16 if capability[0] in (9, 10) else 8) if ask("CLUSTER_LAUNCH") else 0
+        cluster = (16 if capability[0] in (9, 10) else 8) if query("CLUSTER_LAUNCH") else 0
         return Limits(
             architecture(capability),
-            shared=ask("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
-            shared_sm=ask("MAX_SHARED_MEMORY_PER_MULTIPROCESSOR"),
+            shared=query("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
+            shared_sm=query("MAX_SHARED_MEMORY_PER_MULTIPROCESSOR"),
             cluster=cluster,
         )
 
     @contextlib.contextmanager
-    def _in_context(self):
+    def _in_context(self) -> Iterator[None]:
         self._call("cuCtxPushCurrent", self._context)
         try:
             yield
         finally:
             self._call("cuCtxPopCurrent")
 
-    def _call(self, function, *args, where=""):
-        """What a driver function returns beside its status."""
+    def _call(self, function: str, *args: Any, where: str = "") -> Any:
+        """Call a driver function; return what it returns after its status."""
         status, *values = getattr(self._driver, function)(*args)
         self._check(function, status, where)
         return values[0] if values else None
 
-    def _check(self, function, status, where):
+    def _check(self, function: str, status: Any, where: str) -> None:
         if not status:
             return
         name, text = (
@@ -238,8 +246,8 @@ class GPU:
         if function == "cuModuleLoadData":
             version = self._driver.cuDriverGetVersion()[1]
             hint = (
-                f"; the driver is for CUDA {version // 1000}.{version % 1000 // 10}: what a newer "
-                "compiler made may need a newer driver"
+                f"; the driver is for CUDA {version // 1000}.{version % 1000 // 10}, and the code "
+                "of a newer compiler may need a newer driver"
             )
         where = f" ({where})" if where else ""
         raise RuntimeError(
@@ -247,7 +255,8 @@ class GPU:
         )
 
 
-def _bindings_version():
+def _find_bindings() -> str | None:
+    """Return the version of cuda-python, or None if it is not installed."""
     try:
         from cuda import bindings
 
@@ -259,6 +268,6 @@ def _bindings_version():
             return None
 
 
-def _too_old(capability):
-    needed, found = (".".join(map(str, c)) for c in (OLDEST_GPU, capability))
-    return f"compute capability {needed} or newer is needed, found {found}"
+def _describe_too_old(capability: tuple[int, int]) -> str:
+    needed, got = (".".join(map(str, c)) for c in (OLDEST_GPU, capability))
+    return f"compute capability must be {needed} or newer, got {got}"

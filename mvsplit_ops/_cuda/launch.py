@@ -1,15 +1,19 @@
-"""What a kernel is launched on: a GPU (gpu.py), or a stand-in that a test installs.
+"""The launch of a kernel: the program, the threads, the packed arguments, the limits of a device.
 
-Launchers say Program (what to compile), Launch (how many threads) and arguments; a device does the
-rest. Arguments are packed the same way for every device: eight bytes each, in the order of the
-fields of the kernel's `struct Args`.
+A launcher passes a Program (what to compile), a Launch (how many threads) and arguments to a
+Device: a GPU (gpu.py), or an emulator that a test installs. Arguments are packed the same way for
+every device: eight bytes each, in the order of the fields of the kernel's `struct Args`.
 """
 
 import struct
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
+
+Argument = Tensor | int | float | bytes | None
 
 
 @dataclass(frozen=True)
@@ -22,22 +26,22 @@ class Program:
 
 @dataclass(frozen=True)
 class Launch:
-    """`grid` blocks of `block` threads, `cluster` of them together, with `shared` bytes each."""
+    """`grid` blocks of `block` threads in clusters of `cluster`, with `shared` bytes per block."""
 
     kernel: str
     grid: int
     block: int
-    cluster: int = 0  # 0: the kernel knows nothing of clusters
+    cluster: int = 0  # 0: the kernel does not use clusters
     shared: int = 0
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a launch may ask for.
+    """The most that a launch may ask of a device.
 
-    architecture  as compilers are told it: "sm_80", "sm_90a", "sm_100a"
-    shared        bytes of shared memory of a block, at most;  shared_sm  of all blocks of an SM
-    cluster       blocks of a cluster, at most; 0: there are no clusters
+    architecture  as compilers name it: "sm_80", "sm_90a", "sm_100a"
+    shared        bytes of shared memory of a block;  shared_sm  of all blocks of an SM
+    cluster       blocks of a cluster; 0: the device has no clusters
     """
 
     architecture: str
@@ -46,7 +50,7 @@ class Limits:
     cluster: int
 
 
-# Of architectures that need not be here: CUDA C++ Programming Guide, compute capabilities.
+# Limits without the GPU itself. Source: CUDA C++ Programming Guide, compute capabilities.
 LIMITS = {
     limits.architecture: limits
     for limits in (
@@ -61,28 +65,32 @@ LIMITS = {
 
 
 class Device(Protocol):
+    """What launches kernels."""
+
     limits: Limits
 
     def holds(self, program: Program, launch: Launch) -> bool:
-        """Whether a cluster of this launch can be resident at all."""
+        """Return whether the device has room for one cluster of this launch."""
 
-    def launch(self, program: Program, launch: Launch, args: tuple) -> None:
+    def launch(self, program: Program, launch: Launch, args: Sequence[Argument]) -> None:
         """Run the kernel on the current stream of the device of the tensors in `args`."""
 
-    def poison(self, t: torch.Tensor) -> torch.Tensor:
-        """A new tensor, as a stand-in wants it to begin; not asked of a GPU."""
+    def poison(self, t: Tensor) -> Tensor:
+        """Return a new tensor, which an emulator fills with NaN; a GPU is not asked."""
+
+    def __hash__(self) -> int: ...
 
 
-def pack(args, address=torch.Tensor.data_ptr):
-    """The bytes of `struct Args`: 8 for a tensor (its address), None (0), int, bool or float.
+def pack(args: Sequence[Any], address: Callable[[Tensor], int] = Tensor.data_ptr) -> bytes:
+    """Return the bytes of `struct Args`: 8 for a tensor (its address), None (0), int, bool, float.
 
-    bytes stand for themselves: a table at the end of the struct.
+    A value of type bytes is copied as it is: a table at the end of the struct.
     """
     try:
         codes = "".join([_CODES[type(value)] for value in args])
     except KeyError:  # a subclass of Tensor
-        codes = "".join(["P" if isinstance(v, torch.Tensor) else _CODES[type(v)] for v in args])
-    values = [
+        codes = "".join(["P" if isinstance(v, Tensor) else _CODES[type(v)] for v in args])
+    values: list[Any] = [
         address(value) if code == "P" else 0 if value is None else value
         for code, value in zip(codes, args, strict=True)
     ]
@@ -91,8 +99,8 @@ def pack(args, address=torch.Tensor.data_ptr):
     return struct.pack(codes, *values)
 
 
-_CODES = {
-    **dict.fromkeys((torch.Tensor, torch.nn.Parameter), "P"),
+_CODES: dict[type, str] = {
+    **dict.fromkeys((Tensor, torch.nn.Parameter), "P"),
     **dict.fromkeys((int, bool, type(None)), "q"),
     **{float: "d", bytes: "s"},
 }

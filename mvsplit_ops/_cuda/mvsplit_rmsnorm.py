@@ -1,57 +1,64 @@
-"""Launchers of csrc/cuda/mvsplit_rmsnorm.cu: by clusters where a segment fits one, else by sweeps.
+"""Launchers of csrc/cuda/mvsplit_rmsnorm.cu: by clusters if a segment fits in one, else by sweeps.
 
-The choice is a computation of shared memory from the longest segment, D and the dtype; it does not
-depend on the batch, so that a sample's result does not either.
+The choice depends only on the longest segment, D and the dtype, by the shared memory that they
+need. It does not depend on the batch, so the result of a sample does not either.
 """
 
 import functools
 import itertools
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from mvsplit_ops._cuda import rows
 from mvsplit_ops._cuda.common import (
-    SUM_ROWS,
-    ceil_div,
-    new,
+    SUM_COLUMNS,
+    choose_vector,
+    make_program,
+    new_empty,
     new_statistics,
-    parameter,
-    program,
     sum_rows,
-    vector,
+    to_parameter_fields,
 )
 from mvsplit_ops._cuda.device import device_of
-from mvsplit_ops._cuda.launch import Launch
-from mvsplit_ops._host import blocks, dense, power_of_two, require_merge
+from mvsplit_ops._cuda.launch import Argument, Device, Launch, Limits, Program
+from mvsplit_ops._cuda.rows import Rows, lay_out_rows, require_shared, rows_per_block
+from mvsplit_ops._host import (
+    ceil_div,
+    count_blocks,
+    next_power_of_two,
+    require_merge,
+    to_contiguous,
+)
 
 MOST_SEGMENTS = 64  # as in mvsplit_rmsnorm.cu
-THREADS = 256  # of a block; twice as many where no second block shares its SM
-BARRIERS = 64  # bytes of mbarriers before everything else
+MERGE_THREADS = 256  # of a block; twice as many if no second block shares its SM
+BARRIERS = 64  # bytes of mbarriers at the beginning of shared memory
 MEANS_LANES = 8  # of sweep_means, each with a vector of columns
-# Tensors that a block keeps, and blocks that shall share an SM: while one loads, another computes,
-# and a third stores. The smallest cluster that leaves room for them is taken, for its blocks have
-# the longest rows. Registers allow as many (80 and 118 of sm_90a at the paper's shape). Not yet
-# measured on a GPU.
-KEPT = {"forward": (2, 3), "backward": (3, 2)}
-CLUSTERS = (1, 2, 4, 8, 16)
+# {direction: (tensors that a block holds, blocks that should share an SM)}: while one block loads,
+# another computes and a third stores. The smallest cluster that leaves room for them is chosen,
+# because its blocks have the longest rows. Registers allow as many blocks (80 and 118 of sm_90a at
+# the paper's shape). Not yet measured on a GPU.
+CLUSTER_OCCUPANCY = {"forward": (2, 3), "backward": (3, 2)}
+CLUSTER_SIZES = (1, 2, 4, 8, 16)
 COPIES = {"plain": 0, "async": 1, "bulk": 2}  # as in cluster.cuh
-# Bytes of a block's rows from which on a bulk copy brings each. At the paper's 128 bytes a block
-# would issue 512 of them, one in eleven cycles of its share of the bandwidth, from uniform
-# registers, where 16 bytes a thread are 128 instructions of a warp. Not yet measured on a GPU.
+# Fewest bytes of a block's row for a bulk copy. At the paper's 128 bytes a block would issue 512 of
+# them, one in eleven cycles of its share of the bandwidth, from uniform registers; copies of 16
+# bytes per thread are 128 instructions of a warp. Not yet measured on a GPU.
 BULK_ROW = 512
-KERNELS = {"forward": "cluster_fwd", "backward": "cluster_bwd"}
-# Bytes that a thread may keep of each sum or mean of its columns: more would spill; backward with a
-# weight, or element by element, more than half of it would.
-MOST_COLUMNS = 64
+CLUSTER_KERNELS = {"forward": "cluster_fwd", "backward": "cluster_bwd"}
+# Most bytes that a thread holds of each sum or mean of its columns; more would spill. Backward with
+# a weight, or element by element, half of it.
+MOST_COLUMN_BYTES = 64
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """How a cluster of `blocks` blocks of `threads` divides D.
+    """Division of D by a cluster of `blocks` blocks of `threads`.
 
-    slice  columns of a block;  shared  its bytes;  copy  one of COPIES
+    slice  columns of a block;  shared  its bytes of shared memory;  copy  one of COPIES
     """
 
     blocks: int
@@ -63,137 +70,211 @@ class Clusters:
     copy: int
 
 
-def clusters(direction, Ts, D, width, itemsize, accumulator, limits, weighted=False):
-    """The Clusters that hold segments of at most Ts tokens, the best first; none: [].
+def list_clusters(
+    direction: str,
+    Ts: int,
+    D: int,
+    sizes: tuple[int, int, int],
+    limits: Limits,
+    weighted: bool = False,
+) -> list[Clusters]:
+    """Return the Clusters that hold segments of at most Ts tokens, the best first.
 
-    Best is the smallest of those that let KEPT's blocks share an SM, then the largest of the rest.
+    sizes: elements of an access, bytes of an element, bytes of an accumulator.
+    The best is the smallest of those that let the blocks of CLUSTER_OCCUPANCY share an SM; after
+    these come the others, the largest first.
     """
-    tensors, resident = KEPT[direction]
+    width, itemsize, accumulator = sizes
+    tensors, resident = CLUSTER_OCCUPANCY[direction]
     narrow = width == 1 or (weighted and direction == "backward")
-    most = MOST_COLUMNS // 2 if narrow else MOST_COLUMNS
-    shared_well, others = [], []
-    for count in (n for n in CLUSTERS if n <= limits.cluster):
+    most = MOST_COLUMN_BYTES // 2 if narrow else MOST_COLUMN_BYTES
+    sharing: list[Clusters] = []
+    others: list[Clusters] = []
+    for count in (n for n in CLUSTER_SIZES if n <= limits.cluster):
         columns = ceil_div(D, width * count) * width
         vectors = columns // width
-        lanes = min(32, max(8, power_of_two(vectors)))
+        lanes = min(32, max(8, next_power_of_two(vectors)))
         items = ceil_div(vectors, lanes)
-        kept = BARRIERS + tensors * (_align(Ts * columns * itemsize) + _align(Ts * accumulator))
-        threads, sums = THREADS, THREADS // 32 * columns * accumulator
-        if 2 * (kept + sums + 1024) > limits.shared_sm >= kept + 2 * sums + 1024:
-            threads, sums = 2 * THREADS, 2 * sums
-        shared = kept + sums
+        data = BARRIERS + tensors * (_align(Ts * columns * itemsize) + _align(Ts * accumulator))
+        threads, sums = MERGE_THREADS, MERGE_THREADS // 32 * columns * accumulator
+        if 2 * (data + sums + 1024) > limits.shared_sm >= data + 2 * sums + 1024:
+            threads, sums = 2 * MERGE_THREADS, 2 * sums
+        shared = data + sums
         if items * width * accumulator > most or shared > limits.shared:
             continue
         copy = "plain" if width * itemsize < 16 else "async"
         if copy == "async" and columns * itemsize >= BULK_ROW:
             copy = "bulk"
         plan = Clusters(count, columns, lanes, items, threads, shared, COPIES[copy])
-        fits = (shared + 1024) * resident <= limits.shared_sm  # CUDA keeps 1 KB a block
-        (shared_well if fits else others).append(plan)
-    return shared_well + others[::-1]
+        fits = (shared + 1024) * resident <= limits.shared_sm  # CUDA reserves 1 KB per block
+        (sharing if fits else others).append(plan)
+    return sharing + others[::-1]
 
 
-def _align(size):
+def _align(size: int) -> int:
     return ceil_div(size, 16) * 16
 
 
-def mvsplit_rmsnorm_fwd(x, f, alpha, beta, weight, jx, segments, eps, carry):
+def mvsplit_rmsnorm_fwd(
+    x: Tensor,
+    f: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    weight: Tensor | None,
+    jx: Tensor | None,
+    segments: Sequence[int],
+    eps: float,
+    carry: bool,
+) -> tuple[Tensor, ...]:
     B, T, D = x.shape
     S = len(segments)
-    x, f, alpha, beta, weight, given = dense(x, f, alpha, beta, weight, jx)
-    y, rstd = new(x, x.shape), new_statistics(x, B, T)
-    jx = new_statistics(x, *(0,) if given is not None else (B, S, D))
+    x, f, alpha, beta = to_contiguous(x, f, alpha, beta)
+    weight, input_jx = to_contiguous(weight, jx)
+    y, rstd = new_empty(x, x.shape), new_statistics(x, B, T)
+    new_jx = new_statistics(x, *(0,) if input_jx is not None else (B, S, D))
     jf = new_statistics(x, B, S, D)
     jy = new_statistics(x, *(B, S, D) if carry else (0,))
-    call = _Call("forward", (x, f, y, given), (alpha, beta, weight), segments, rstd, carry)
-    means = None if given is not None else jx, jf, given, jy if carry else None
+    others = f, y, input_jx
+    call = _MergeCall("forward", x, others, (alpha, beta, weight), segments, rstd, carry)
+    means = None if input_jx is not None else new_jx, jf, input_jx, jy if carry else None
     tensors = x, f, None, y, None, rstd, *means
-    if call.plan:
-        call.by_cluster("forward", (*tensors, None), eps)
-        return y, jy, rstd, jx, jf
+    plan = call.plan
+    if isinstance(plan, Clusters):
+        call.launch_clusters(plan, "forward", (*tensors, None), eps)
+        return y, jy, rstd, new_jx, jf
     shift = new_statistics(x, B, S, D)
     partials = new_statistics(x, 1, B * call.blocks, D) if carry else None
-    tensors = *tensors, shift, None, None, partials, None
-    width = call.rows.width
-    call.by_columns("sweep_means", MEANS_LANES * width, tensors, eps, values=2 * width)
-    call.by_rows("sweep_apply", 2 + call.weighted, tensors, eps, sums=carry)
+    sweep = *tensors, shift, None, None, partials, None
+    columns, values = MEANS_LANES * plan.width, 2 * plan.width
+    call.launch_columns("sweep_means", columns, sweep, eps, values)
+    call.launch_rows(plan, "sweep_apply", 2 + call.weighted, sweep, eps, sums=carry)
     if carry:
-        call.by_columns("sweep_units", SUM_ROWS["columns"], tensors, eps)
-    return y, jy, rstd, jx, jf
+        call.launch_columns("sweep_units", SUM_COLUMNS, sweep, eps)
+    return y, jy, rstd, new_jx, jf
 
 
-def mvsplit_rmsnorm_bwd(dy, kept, f, alpha, beta, weight, rstd, jx, jf, segments):
-    require_merge(dy, kept, f, alpha, beta, weight, rstd, jx, jf, segments)
+def mvsplit_rmsnorm_bwd(
+    dy: Tensor,
+    saved: Tensor,
+    f: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    jx: Tensor,
+    jf: Tensor,
+    segments: Sequence[int],
+) -> tuple[Tensor, ...]:
+    require_merge(dy, saved, f, (alpha, beta, weight), rstd, (jx, jf), segments)
     B, T, D = dy.shape
     S, params = len(segments), 2 if weight is None else 3
-    dy, kept, f, rstd, jx, jf = dense(dy, kept, f, rstd, jx, jf)
-    alpha, beta, weight = dense(alpha, beta, weight)
-    dx, df = new(dy, dy.shape), new(dy, dy.shape)
-    tensors = dy, kept, f, dx, df, jx, jf
-    call = _Call("backward", tensors, (alpha, beta, weight), segments, rstd)
+    dy, saved, f, rstd, jx, jf, alpha, beta = to_contiguous(dy, saved, f, rstd, jx, jf, alpha, beta)
+    (weight,) = to_contiguous(weight)
+    dx, df = new_empty(dy, dy.shape), new_empty(dy, dy.shape)
+    others = saved, f, dx, df, jx, jf
+    call = _MergeCall("backward", dy, others, (alpha, beta, weight), segments, rstd)
     parts = new_statistics(dy, params, B * S, D)
-    tensors = kept, f, dy, dx, df, rstd, jx, jf, None, None
-    if call.plan:
-        call.by_cluster("backward", (*tensors, parts), 0.0)
+    tensors = saved, f, dy, dx, df, rstd, jx, jf, None, None
+    plan = call.plan
+    if isinstance(plan, Clusters):
+        call.launch_clusters(plan, "backward", (*tensors, parts), 0.0)
     else:
         jdz, mean = new_statistics(dy, B, S, D), new_statistics(dy, B, T)
         partials = new_statistics(dy, params, B * call.blocks, D)
-        tensors = *tensors, None, jdz, mean, partials, parts
-        call.by_rows("sweep_reduce", 1 + 3 * call.weighted, tensors, 0.0, sums=True)
-        call.by_columns("sweep_units", SUM_ROWS["columns"], tensors, 0.0)
-        call.by_rows("sweep_gradients", 3 + 2 * call.weighted, tensors, 0.0)
+        sweep = *tensors, None, jdz, mean, partials, parts
+        call.launch_rows(plan, "sweep_reduce", 1 + 3 * call.weighted, sweep, 0.0, sums=True)
+        call.launch_columns("sweep_units", SUM_COLUMNS, sweep, 0.0)
+        call.launch_rows(plan, "sweep_gradients", 3 + 2 * call.weighted, sweep, 0.0)
     dparams = sum_rows(parts, call.program)
     return dx, df, *dparams, *([] if weight is not None else [new_statistics(dy, 0)])
 
 
-class _Call:
+class _MergeCall:
     """Plan and program of one call, and its launches."""
 
-    def __init__(self, direction, tensors, parameters, segments, rstd, carry=False):
-        x = tensors[0]
+    def __init__(
+        self,
+        direction: str,
+        x: Tensor,
+        others: tuple[Tensor | None, ...],
+        parameters: tuple[Tensor, Tensor, Tensor | None],
+        segments: Sequence[int],
+        rstd: Tensor,
+        carry: bool = False,
+    ) -> None:
         self.B, self.T, self.D = x.shape
         self.segments, self.parameters = tuple(segments), parameters
         self.device, self.accumulator = device_of(x), rstd.element_size()
         self.weighted = parameters[2] is not None
-        width = vector((*tensors, *parameters), self.D)
-        self.program, self.plan, self.rows = _plan(
+        width = choose_vector((x, *others, *parameters), self.D)
+        self.program, self.plan = _choose_plan(
             self.device, direction, x.dtype, self.segments, self.D, width, self.weighted, carry
         )
-        if self.rows:
-            self.share = rows.rows_per_block(direction, self.B * self.T)
-            self.blocks = blocks(segments, self.share)
+        if isinstance(self.plan, Rows):
+            self.share = rows_per_block(direction, self.B * self.T)
+            self.blocks = count_blocks(segments, self.share)
 
-    def by_cluster(self, direction, tensors, eps):
-        """Clusters of the longest segment first: short ones fill what is left at the end."""
-        plan = self.plan
+    def launch_clusters(
+        self, plan: Clusters, direction: str, tensors: Sequence[Argument], eps: float
+    ) -> None:
+        """Launch clusters of the longest segment first: short ones fill what is left at the end."""
         grid = self.B * len(self.segments) * plan.blocks
-        launch = Launch(KERNELS[direction], grid, plan.threads, plan.blocks, plan.shared)
+        launch = Launch(CLUSTER_KERNELS[direction], grid, plan.threads, plan.blocks, plan.shared)
         numbers = plan.slice, max(self.segments)
-        self._launch(launch, tensors, numbers, eps, _table(self.segments, longest_first=True))
+        self._launch(launch, tensors, numbers, eps, _pack_segments(self.segments, True))
 
-    def by_rows(self, kernel, vectors, tensors, eps, sums=False):
-        """Blocks of rows, with so many vectors of D in shared memory."""
-        shared = self.rows.shared(self.D, self.accumulator, vectors, sums)
-        rows.require_shared("mvsplit_rmsnorm", self.D, shared, self.device.limits)
-        launch = Launch(kernel, self.B * self.blocks, self.rows.threads, shared=shared)
-        self._launch(launch, tensors, (self.share, self.blocks), eps, _table(self.segments))
+    def launch_rows(
+        self,
+        rows: Rows,
+        kernel: str,
+        vectors: int,
+        tensors: Sequence[Argument],
+        eps: float,
+        sums: bool = False,
+    ) -> None:
+        """Launch blocks of rows that hold so many vectors of D in shared memory."""
+        shared = rows.count_shared(self.D, self.accumulator, vectors, sums)
+        require_shared("mvsplit_rmsnorm", self.D, shared, self.device.limits)
+        launch = Launch(kernel, self.B * self.blocks, rows.threads, shared=shared)
+        numbers = self.share, self.blocks
+        self._launch(launch, tensors, numbers, eps, _pack_segments(self.segments))
 
-    def by_columns(self, kernel, columns, tensors, eps, values=1):
-        """A block for so many columns of a segment; shared memory for each thread's `values`."""
+    def launch_columns(
+        self, kernel: str, columns: int, tensors: Sequence[Argument], eps: float, values: int = 1
+    ) -> None:
+        """Launch a block for so many columns of a segment, with `values` per thread to exchange."""
         grid = self.B * len(self.segments) * ceil_div(self.D, columns)
-        launch = Launch(kernel, grid, THREADS, shared=THREADS * values * self.accumulator)
-        self._launch(launch, tensors, (self.share, self.blocks), eps, _table(self.segments))
+        shared = MERGE_THREADS * values * self.accumulator
+        launch = Launch(kernel, grid, MERGE_THREADS, shared=shared)
+        numbers = self.share, self.blocks
+        self._launch(launch, tensors, numbers, eps, _pack_segments(self.segments))
 
-    def _launch(self, launch, tensors, numbers, eps, table):
-        fields = (field for p in self.parameters for field in parameter(p))
+    def _launch(
+        self,
+        launch: Launch,
+        tensors: Sequence[Argument],
+        numbers: tuple[int, int],
+        eps: float,
+        table: bytes,
+    ) -> None:
+        fields = (field for p in self.parameters for field in to_parameter_fields(p))
         sizes = self.B, self.T, self.D, len(self.segments)
         args = *tensors, *fields, *sizes, *numbers, eps, table
         self.device.launch(self.program, launch, args)
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(device, direction, dtype, segments, D, width, weighted, carry):
-    """(Program, Clusters or None, Rows or None): clusters where they fit and can be resident."""
+def _choose_plan(
+    device: Device,
+    direction: str,
+    dtype: torch.dtype,
+    segments: tuple[int, ...],
+    D: int,
+    width: int,
+    weighted: bool,
+    carry: bool,
+) -> tuple[Program, Clusters | Rows]:
+    """Return the Program, and Clusters if they fit and can be resident, else Rows."""
     if len(segments) > MOST_SEGMENTS:
         raise ValueError(
             f"mvsplit_rmsnorm: backend 'cuda' takes at most {MOST_SEGMENTS} segments, "
@@ -202,22 +283,23 @@ def _plan(device, direction, dtype, segments, D, width, weighted, carry):
     accumulator = 8 if dtype == torch.float64 else 4
     flags = {"WEIGHT": int(weighted), "CARRY": int(carry)}
     sizes = width, dtype.itemsize, accumulator
-    for plan in clusters(direction, max(segments), D, *sizes, device.limits, weighted):
+    for plan in list_clusters(direction, max(segments), D, sizes, device.limits, weighted):
         layout = {"VEC": width, "LANES": plan.lanes, "ITEMS": plan.items, "THREADS": plan.threads}
         layout |= {"BACKWARD": int(direction == "backward"), "COPY": plan.copy}
-        made = program("mvsplit_rmsnorm", dtype, CLUSTER=1, **layout, **flags)
-        one = Launch(KERNELS[direction], plan.blocks, plan.threads, plan.blocks, plan.shared)
-        if device.holds(made, one):  # a slice of a GPU may not, nor a small one 16 blocks
-            return made, plan, None
-    layout = rows.layout(direction, D, accumulator, width)
+        program = make_program("mvsplit_rmsnorm", dtype, CLUSTER=1, **layout, **flags)
+        kernel = CLUSTER_KERNELS[direction]
+        one = Launch(kernel, plan.blocks, plan.threads, plan.blocks, plan.shared)
+        if device.holds(program, one):  # a slice of a GPU, or a small one, may not hold 16 blocks
+            return program, plan
+    rows = lay_out_rows(direction, D, accumulator, width)
     flags["BRANCH"] = int(weighted)
-    made = program("mvsplit_rmsnorm", dtype, CLUSTER=0, **layout.defines, SCALE=1, **flags)
-    return made, None, layout
+    program = make_program("mvsplit_rmsnorm", dtype, CLUSTER=0, **rows.defines, SCALE=1, **flags)
+    return program, rows
 
 
 @functools.lru_cache(maxsize=4096)
-def _table(segments, longest_first=False):
-    """The `Segment`s of a kernel's arguments."""
+def _pack_segments(segments: tuple[int, ...], longest_first: bool = False) -> bytes:
+    """Return the table of `Segment`s at the end of a kernel's arguments."""
     ends = list(itertools.accumulate(segments))
     places = [(end - n, end, i, 0) for i, (n, end) in enumerate(zip(segments, ends, strict=True))]
     if longest_first:
