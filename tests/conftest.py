@@ -1,4 +1,4 @@
-"""Shared fixtures. Test modules import op_suite from this folder and bench from the checkout."""
+"""Fixtures of all tests. Test modules import tests.op_suite, and bench from the checkout."""
 
 import pytest
 import torch
@@ -13,27 +13,48 @@ if not GPU:
     cuda_emulator.install()  # and CUDA's
 
 
-def pytest_generate_tests(metafunc):
-    """An OpSuite's `case` is each of its variants in turn, its `backend` each that runs here.
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers",
+        "rotate(name=values): run each backend and each case with every value, "
+        "but each pair of backend and case with one value only",
+    )
 
-    A test that asks for `capability` meets the cpu backend with every instruction set.
+
+def pytest_generate_tests(metafunc):
+    """Run the tests of an OpSuite with each variant as `case`, on each backend.
+
+    A test that asks for `capability` runs on the cpu backend with every instruction set.
     """
-    if not hasattr(metafunc.cls, "variants"):
+    variants = getattr(metafunc.cls, "variants", None)
+    if variants is None:
         return
-    if "case" in metafunc.fixturenames:
-        metafunc.parametrize("case", list(metafunc.cls.variants), indirect=True)
+    names, rows = ["backend"], [(backend,) for backend in ("cpu", "triton", "cuda")]
     if "capability" in metafunc.fixturenames:
-        cpu = [("cpu", name) for name in _C.capabilities()]
+        names = ["backend", "capability"]
         triton, cuda = ("gpu", "gpu") if GPU else ("interpreted", "emulated")
-        pairs = [*cpu, ("triton", triton), ("cuda", cuda)]
-        metafunc.parametrize(("backend", "capability"), pairs, indirect=True)
-    else:
-        metafunc.parametrize("backend", ("cpu", "triton", "cuda"), indirect=True)
+        rows = [("cpu", name) for name in _C.capabilities()]
+        rows += [("triton", triton), ("cuda", cuda)]
+    indirect = names.copy()
+    if "case" in metafunc.fixturenames:
+        pairs = [(i + j, (*row, v)) for i, row in enumerate(rows) for j, v in enumerate(variants)]
+        names, indirect = [*names, "case"], [*names, "case"]
+        rows = [row for _, row in pairs]
+        for marker in metafunc.definition.iter_markers("rotate"):
+            ((name, values),) = marker.kwargs.items()
+            names.append(name)
+            rows = [(*row, values[turn % len(values)]) for turn, row in pairs]
+    metafunc.parametrize(names, rows, indirect=indirect, ids=format_dtype)
+
+
+def format_dtype(value):
+    """Return a test id for a dtype, and None, pytest's own id, for other values."""
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
 
 
 @pytest.fixture
 def backend(request):
-    """The backend of every call without one; new tensors are on its device."""
+    """Set the backend of every call without one, and create new tensors on its device."""
     device = "cuda" if GPU and request.param != "cpu" else "cpu"
     with mv.use_backend(request.param), torch.device(device):
         yield request.param
@@ -46,7 +67,7 @@ def seeded():
 
 @pytest.fixture
 def capability(request):
-    """Each instruction set that this processor runs, in turn; the name of another backend's."""
+    """Set an instruction set of the cpu backend; for another backend, return only its name."""
     before = _C.capability()
     if request.param in _C.capabilities():
         _C.set_capability(request.param)
@@ -56,7 +77,7 @@ def capability(request):
 
 @pytest.fixture
 def threads():
-    """Sets the number of CPU threads, and puts it back."""
+    """Return a function that sets the number of CPU threads, which the test's end restores."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

@@ -1,7 +1,7 @@
-"""What every operator must pass. A test module subclasses OpSuite and says what its operator is.
+"""The tests that every operator must pass: a test module subclasses OpSuite with its operator.
 
-A variant is a bench.cases.Case: one way to call the operator (with or without a weight, say), whose
-inputs are (activations and parameters, constants, keyword arguments).
+A variant is a bench.cases.Case: one way to call the operator, for example with or without a weight.
+Its inputs are (activations and parameters, constants, keyword arguments).
 """
 
 import contextlib
@@ -15,7 +15,11 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import mvsplit_ops as mv
 from bench.cases import Case, Shape, in_order
@@ -31,27 +35,34 @@ from bench.static.traffic import Recorder
 
 @dataclass(frozen=True)
 class Effort:
-    """How much a test asks of a backend: an interpreted kernel takes a hundred times as long."""
+    """The work that a test gives a backend: interpreted kernels are a hundred times slower."""
 
     examples: int
     tokens: int  # of a segment, at most
     long: tuple[int, int]  # segments of several tasks or programs
 
 
-EFFORT = dict.fromkeys(("cpu", "triton", "cuda"), Effort(25, 70, (70, 65)))
+EFFORT = dict.fromkeys(("cpu", "triton", "cuda"), Effort(12, 70, (70, 65)))
 if not torch.cuda.is_available():
-    EFFORT["triton"] = Effort(3, 20, (20, 17))
-    EFFORT["cuda"] = Effort(10, 40, (40, 33))
+    EFFORT["triton"] = Effort(2, 20, (20, 17))
+    EFFORT["cuda"] = Effort(5, 40, (40, 33))
 SMALL = Shape(B=2, segments=(5, 1, 3), D=48, H=3, F=20)
+OPCHECKS = (
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    "test_aot_dispatch_dynamic",
+)
+TINY = {"segments": (2, 1), "D": 24, "F": 10}  # for derivatives element by element
 PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def variant(op, inputs, call=in_order, **kwargs):
-    """A way to call an operator; `kwargs` are added to the keyword arguments."""
+    """Return a way to call an operator; `kwargs` are added to the keyword arguments."""
 
     def build(shape, generator):
-        activations, constants, given_kwargs = inputs(shape, generator)
-        return activations, constants, {**given_kwargs, **kwargs}
+        activations, constants, own_kwargs = inputs(shape, generator)
+        return activations, constants, {**own_kwargs, **kwargs}
 
     return Case(op, op, build, fwd=lambda s: math.nan, bwd=lambda s: math.nan, call=call)
 
@@ -62,8 +73,20 @@ def make(case, shape=SMALL, seed=0, **changes):
     return case.inputs(shape, torch.Generator("cpu").manual_seed(seed))
 
 
+def assert_equal(results, expected):
+    """Check that each tensor has the same bits as the expected one."""
+    for a, b in zip(results, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def all_tensors(function, inputs):
+    """Return the results and the gradients of a call, in one list."""
+    results, grads = results_and_gradients(function, *inputs)
+    return results + grads
+
+
 def gradients(function, inputs, cotangent_of):
-    """Gradients when each result t receives cotangent_of(t)."""
+    """Return the gradients when each result t receives cotangent_of(t)."""
     activations, constants, kwargs = inputs
     leaves = [t.detach().requires_grad_() for t in activations]
     outputs = function(leaves, constants, kwargs)
@@ -75,9 +98,22 @@ def requiring_grad(inputs):
     return [t.detach().requires_grad_() for t in activations], constants, kwargs
 
 
+def call_and_list_saved(call, *tensors):
+    """Return the results of a call, and addresses of activations that it saves for backward.
+
+    tensors: the activations, which require grad from now on
+    """
+    for t in tensors:
+        t.requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        results = call(*tensors)
+    return results, {t.data_ptr() for t in saved if t.numel() == tensors[0].numel()}
+
+
 @st.composite
 def shapes(draw, tokens, *dtypes):
-    """B, T, D, H, one to four segments, tokens and widths that are a multiple of nothing."""
+    """Draw B, T, D, H, one to four segments, and sizes that are multiples of no power of two."""
     H = draw(st.integers(1, 3))
     segments = tuple(draw(st.lists(st.integers(1, tokens), min_size=1, max_size=4)))
     return Shape(
@@ -90,8 +126,8 @@ def shapes(draw, tokens, *dtypes):
     )
 
 
-def any_input(backend, *dtypes):
-    """Runs a function of a shape and a seed on many of them."""
+def for_drawn_inputs(backend, *dtypes):
+    """Run a function of a shape and a seed on many of them."""
 
     def decorate(run):
         effort = EFFORT[backend]
@@ -103,7 +139,10 @@ def any_input(backend, *dtypes):
 
 
 class OpSuite:
-    """Subclasses set `variants`: {name: Case}. Every test runs on every backend of conftest."""
+    """Subclasses set `variants`: {name: Case}. Each test runs on every backend (conftest.py).
+
+    A test marked `rotate` takes every pair of its parameters, not every combination.
+    """
 
     variants: dict
 
@@ -115,33 +154,33 @@ class OpSuite:
     def case(self, request):
         return self.variants[request.param]
 
-    @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+    @pytest.mark.rotate(dtype=PRECISIONS)
     def test_as_accurate_as_eager(self, case, dtype, capability):
         require_case(case, f"{dtype} {capability}", case.fused(), make(case, dtype=dtype))
 
-    @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+    @pytest.mark.rotate(dtype=PRECISIONS[1:] + PRECISIONS[:1])
     def test_as_accurate_as_eager_at_whole_vectors(self, case, dtype, backend, capability):
         inputs = make(case, dtype=dtype, segments=EFFORT[backend].long, D=256, H=2, F=128)
         require_case(case, f"{dtype} {capability}", case.fused(), inputs)
 
     def test_gradcheck(self, case, capability):
-        activations, constants, kwargs = double(make(case))
-        leaves = [t.requires_grad_() for t in activations]
-        # Element by element once; by random projections where only the instructions differ.
+        # Element by element, or by random projections if only the instructions differ.
         run, fast = case.fused(), capability != "DEFAULT"
+        activations, constants, kwargs = double(make(case, **({} if fast else TINY)))
+        leaves = [t.requires_grad_() for t in activations]
         assert torch.autograd.gradcheck(
             lambda *a: run(a, constants, kwargs), leaves, fast_mode=fast
         )
 
     def test_any_shape_equals_the_definition(self, case, backend):
-        @any_input(backend, torch.float64)
+        @for_drawn_inputs(backend, torch.float64)
         def run(shape, seed):
             self._equals_the_definition(case, double(make(case, shape, seed)))
 
     def test_any_shape_is_as_accurate_as_eager(self, case, backend):
-        @any_input(backend, torch.float32, torch.bfloat16)
+        @for_drawn_inputs(backend, torch.float32, torch.bfloat16)
         def run(shape, seed):
-            # The rule compares largest errors: among a handful of elements they are luck.
+            # The rule compares largest errors, which depend on chance among few elements.
             assume(shape.T * shape.D >= 1000 and min(shape.D, shape.F) >= 16)
             count = 1 if shape.D >= 64 else 4
             samples = [make(case, shape, seed + i) for i in range(count)]
@@ -151,12 +190,13 @@ class OpSuite:
         self._equals_the_definition(case, double(make(case)))
 
     def _equals_the_definition(self, case, inputs):
-        got = results_and_gradients(case.fused(), *inputs)
-        exact = results_and_gradients(case.reference, *inputs)
-        for g, e in zip(got[0] + got[1], exact[0] + exact[1], strict=True):
+        exact = all_tensors(case.reference, inputs)
+        for g, e in zip(all_tensors(case.fused(), inputs), exact, strict=True):
             assert torch.allclose(g, e, rtol=1e-9, atol=1e-10)
 
-    def test_opcheck(self, case):
+    @pytest.mark.rotate(thorough=(True, False, False))
+    def test_opcheck(self, case, thorough):
+        checks = OPCHECKS if thorough else ("test_schema", "test_faketensor")
         inputs = make(case, dtype=torch.float32)
         recorder = Recorder()
         with recorder:
@@ -164,44 +204,36 @@ class OpSuite:
         names = {func.__name__.split(".")[0] for func, _, _ in recorder.calls}
         assert names == {f"{case.op}_fwd", f"{case.op}_bwd"}
         for func, args, _ in recorder.calls:
-            opcheck(func, [t.detach() if isinstance(t, torch.Tensor) else t for t in args])
+            args = [t.detach() if isinstance(t, torch.Tensor) else t for t in args]
+            opcheck(func, args, test_utils=checks)
         public = []
         case.call(lambda *a, **k: public.append((a, k)), *requiring_grad(inputs))
         for args, kwargs in public:
-            opcheck(getattr(torch.ops.mvsplit, case.op).default, args, kwargs)
+            op = getattr(torch.ops.mvsplit, case.op).default
+            opcheck(op, args, kwargs, test_utils=checks)
 
     def test_torch_ops_is_the_same_op(self, case):
-        activations, constants, kwargs = make(case)
+        inputs = make(case)
         public = case.function(getattr(torch.ops.mvsplit, case.op))
-        for a, b in zip(
-            public(activations, constants, kwargs),
-            case.fused()(activations, constants, kwargs),
-            strict=True,
-        ):
-            assert torch.equal(a, b)
+        assert_equal(public(*inputs), case.fused()(*inputs))
 
-    @pytest.mark.parametrize("dynamic", [False, True])
+    @pytest.mark.rotate(dynamic=(False, True))
     def test_compiled_equals_eager(self, case, dynamic):
         torch.compiler.reset()
         compiled = torch.compile(case.fused(), fullgraph=True, dynamic=dynamic, backend="aot_eager")
         for segments in ((5, 1, 3), (7, 2, 3)):
             inputs = make(case, segments=segments)
-            got = results_and_gradients(compiled, *inputs)
-            eager = results_and_gradients(case.fused(), *inputs)
-            for g, e in zip(got[0] + got[1], eager[0] + eager[1], strict=True):
-                assert torch.equal(g, e)
+            assert_equal(all_tensors(compiled, inputs), all_tensors(case.fused(), inputs))
 
     def test_inductor_equals_eager(self):
         case = next(iter(self.variants.values()))
         torch.compiler.reset()
         inputs = make(case)
-        got = results_and_gradients(torch.compile(case.fused(), fullgraph=True), *inputs)
-        eager = results_and_gradients(case.fused(), *inputs)
-        for g, e in zip(got[0] + got[1], eager[0] + eager[1], strict=True):
-            assert torch.equal(g, e)
+        compiled = torch.compile(case.fused(), fullgraph=True)
+        assert_equal(all_tensors(compiled, inputs), all_tensors(case.fused(), inputs))
 
     def test_expanded_gradient(self, case):
-        """out.sum().backward() gives a gradient with strides of zero."""
+        """out.sum().backward() makes a gradient with strides of zero."""
         self._same_gradients(case, lambda t: t.new_ones(()).expand(t.shape))
 
     def test_column_strided_gradient(self, case):
@@ -214,7 +246,7 @@ class OpSuite:
         self._same_gradients(case, strided)
 
     def test_transposed_gradient(self, case):
-        """What scaled_dot_product_attention hands back: (B, H, T, Dh) seen as (B, T, H, Dh)."""
+        """scaled_dot_product_attention returns (B, H, T, Dh) transposed to (B, T, H, Dh)."""
 
         def transposed(t):
             g = cotangent(torch.empty(t.shape), torch.Generator("cpu").manual_seed(2)).to(t.dtype)
@@ -225,38 +257,32 @@ class OpSuite:
 
     def _same_gradients(self, case, cotangent_of):
         inputs = make(case)
-        got = gradients(case.fused(), inputs, cotangent_of)
         dense = gradients(case.fused(), inputs, lambda t: cotangent_of(t).contiguous())
-        for g, d in zip(got, dense, strict=True):
-            assert torch.equal(g, d)
+        assert_equal(gradients(case.fused(), inputs, cotangent_of), dense)
 
     def test_strided_inputs(self, case):
         """Views of a packed projection, and columns of a wider tensor."""
         activations, constants, kwargs = make(case, dtype=torch.float32)
-        dense = results_and_gradients(case.fused(), activations, constants, kwargs)
+        dense = all_tensors(case.fused(), (activations, constants, kwargs))
         for view in (
             lambda t: torch.cat((t, t), -1).narrow(-1, 0, t.shape[-1]) if t.dim() else t,
             lambda t: torch.stack((t, t), -1)[..., 1],
         ):
             leaves = [view(t).detach().requires_grad_() for t in activations]
-            assert all(torch.equal(a, b) for a, b in zip(leaves, activations, strict=True))
+            assert_equal(leaves, activations)
             outputs = case.fused()(leaves, constants, kwargs)
             g = torch.Generator("cpu").manual_seed(0)
             grads = torch.autograd.grad(outputs, leaves, [cotangent(t, g) for t in outputs])
-            for a, b in zip((*outputs, *grads), dense[0] + dense[1], strict=True):
-                assert torch.equal(a, b)
+            assert_equal((*outputs, *grads), dense)
 
     def test_bit_identical_from_run_to_run_and_for_any_number_of_threads(
         self, case, backend, threads
     ):
         inputs = make(case, B=3, segments=EFFORT[backend].long, D=96)
-        runs = []
-        for count in (1, 2, 3, 2):
+        expected = all_tensors(case.fused(), inputs)
+        for count in (1, 2, 3, 2) if backend == "cpu" else (1,):
             threads(count)
-            runs.append(results_and_gradients(case.fused(), *inputs))
-        for run in runs[1:]:
-            for a, b in zip(runs[0][0] + runs[0][1], run[0] + run[1], strict=True):
-                assert torch.equal(a, b)
+            assert_equal(all_tensors(case.fused(), inputs), expected)
 
     def test_empty_batch(self, case):
         inputs = make(case, B=0)
@@ -269,8 +295,7 @@ class OpSuite:
         inputs = make(case)
         before = copy.deepcopy(inputs)
         results_and_gradients(case.fused(), *inputs)
-        for a, b in zip(inputs[0] + tuple(inputs[1]), before[0] + tuple(before[1]), strict=True):
-            assert torch.equal(a, b)
+        assert_equal((*inputs[0], *inputs[1]), (*before[0], *before[1]))
 
     def test_nan_is_not_hidden(self, case):
         activations, constants, kwargs = make(case)
@@ -278,7 +303,7 @@ class OpSuite:
         outputs = case.fused()(activations, constants, kwargs)
         assert outputs[0].isnan().any()
 
-    def test_autocast_casts_activations_alone(self, case):
+    def test_autocast_casts_only_activations(self, case):
         activations, constants, kwargs = make(case, dtype=torch.float32)
         with torch.autocast(activations[0].device.type, dtype=torch.bfloat16):
             outputs = case.fused()(activations, constants, kwargs)
@@ -291,16 +316,12 @@ class OpSuite:
             outputs = case.fused("reference")(activations, constants, kwargs)
         assert {t.dtype for t in outputs} == {torch.bfloat16}
 
-    @pytest.mark.parametrize("mode", ["reentrant", "non-reentrant", "selective"])
+    @pytest.mark.rotate(mode=("reentrant", "non-reentrant", "selective"))
     def test_activation_checkpointing(self, case, mode):
         def policy(ctx, op, *args, **kwargs):
             cheap = op in mv.recompute_cheap_ops()
             assert cheap or op.namespace != "mvsplit" or op.__name__.startswith(f"{case.op}_bwd")
-            return torch.utils.checkpoint.CheckpointPolicy(
-                torch.utils.checkpoint.CheckpointPolicy.MUST_RECOMPUTE
-                if cheap
-                else torch.utils.checkpoint.CheckpointPolicy.MUST_SAVE
-            )
+            return CheckpointPolicy.MUST_RECOMPUTE if cheap else CheckpointPolicy.MUST_SAVE
 
         options = {"use_reentrant": mode == "reentrant"}
         if mode == "selective":
@@ -313,12 +334,9 @@ class OpSuite:
 
             return checkpoint(run, *activations, **options)
 
-        got = results_and_gradients(checkpointed, *inputs)
-        plain = results_and_gradients(case.fused(), *inputs)
-        for a, b in zip(got[0] + got[1], plain[0] + plain[1], strict=True):
-            assert torch.equal(a, b)
+        assert_equal(all_tensors(checkpointed, inputs), all_tensors(case.fused(), inputs))
 
-    def test_second_derivative_is_refused_or_right(self, case):
+    def test_second_derivative_is_refused_or_right(self, case, backend):
         activations, constants, kwargs = double(make(case, B=1, segments=(2, 1)))
         leaves = [t.requires_grad_() for t in activations]
         outputs = case.fused()(leaves, constants, kwargs)
@@ -327,10 +345,12 @@ class OpSuite:
         )
         with pytest.raises(RuntimeError, match=f"{case.op}: .*backend='reference'"):
             torch.autograd.grad(sum(g.sum() for g in grads), leaves)
+        if backend != "cpu":
+            return  # the reference does not depend on it
         run = case.fused("reference")
         assert torch.autograd.gradgradcheck(lambda *a: run(a, constants, kwargs), leaves)
 
-    def test_one_input_alone_needs_a_gradient(self, case):
+    def test_gradient_of_one_input_only(self, case):
         activations, constants, kwargs = make(case, dtype=torch.float32)
 
         def gradient(function, i, tensors, tables):
@@ -348,11 +368,11 @@ class OpSuite:
                 continue  # the first result does not depend on this input
             got = gradient(case.fused(), i, activations, constants)
             eager = gradient(case.reference, i, activations, constants)
-            require_accurate(f"{case.op}, input {i} alone", got, eager, exact)
+            require_accurate(f"{case.op}, only input {i}", got, eager, exact)
 
     @contextlib.contextmanager
     def refuses(self, message, error=ValueError):
-        """One clear error that begins with the op's name and holds `message`."""
+        """Expect an error that begins with the name of the operator and contains `message`."""
         op = next(iter(self.variants.values())).op
         with pytest.raises(error, match=f"^{op}: .*{re.escape(message)}"):
             yield

@@ -1,9 +1,9 @@
-// A CUDA driver without a GPU: libcuda.so.1 as far as mvsplit_ops/_cuda/gpu.py calls it.
+// A CUDA driver without a GPU: the functions of libcuda.so.1 that mvsplit_ops/_cuda/gpu.py calls.
 //
-// Each call is a line of the file that FAKE_CUDA_LOG names, with what it was given. A module must
-// be a cubin that has the kernel asked for, and a launch's arguments are read as a GPU's driver
-// does: as many bytes as the cubin says the kernel takes. FAKE_CUDA_FAIL names a function that
-// fails, FAKE_CUDA_GPU the GPU: "9.0".
+// Each call writes a line with its arguments to the file that FAKE_CUDA_LOG names. A module must be
+// a cubin that contains the requested kernel. The arguments of a launch are read as a real driver
+// reads them: as many bytes as the kernel takes according to the cubin. FAKE_CUDA_FAIL names a
+// function that fails, FAKE_CUDA_GPU the compute capability of the GPU: "9.0".
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <elf.h>
@@ -16,7 +16,7 @@
 #define API __attribute__((visibility("default"))) int
 enum { SUCCESS = 0, INVALID_VALUE = 1, INVALID_IMAGE = 200, NOT_FOUND = 500 };
 
-static __thread void* context[8];  // the stack of each thread
+static __thread void* context[8];  // a stack for each thread
 static __thread int depth = -1;
 
 typedef struct {
@@ -36,7 +36,7 @@ typedef struct {
 typedef struct {
     char name[64];
     const char* module;
-    unsigned bytes;  // of its arguments
+    unsigned bytes;  // of the arguments
 } Function;
 
 static int call(const char* function, const char* format, ...) {
@@ -51,7 +51,7 @@ static int call(const char* function, const char* format, ...) {
     return fails && strcmp(fails, function) == 0 ? 700 : SUCCESS;
 }
 
-// The section of a cubin with the name `prefix` + `kernel`, and its size.
+// Returns the section of a cubin with the name `prefix` + `kernel`, and its size.
 static const unsigned char* section(const char* image, const char* prefix, const char* kernel,
                                     uint64_t* size) {
     const Elf64_Ehdr* file = (const void*)image;
@@ -67,7 +67,7 @@ static const unsigned char* section(const char* image, const char* prefix, const
     return NULL;
 }
 
-// Bytes of a kernel's arguments: attribute 0x19 of .nv.info.<kernel>.
+// Returns the bytes of a kernel's arguments: attribute 0x19 of .nv.info.<kernel>.
 static unsigned argument_bytes(const char* image, const char* kernel) {
     uint64_t size = 0;
     const unsigned char *at = section(image, ".nv.info.", kernel, &size), *end = at + size;
@@ -154,7 +154,7 @@ static int launch(const char* function, const Config* c, const Function* f, cons
                 c->shared, c->stream, depth < 0 ? NULL : context[depth], text, bytes);
 }
 API cuOccupancyMaxActiveClusters(int* clusters, Function* f, const Config* config) {
-    // As an H200 with some multiprocessors switched off: no 16 blocks that lie together.
+    // Like an H200 with disabled multiprocessors: no room for a cluster of 16 blocks.
     *clusters = config->attributes->cluster[0] > 8 ? 0 : 3;
     return launch("cuOccupancyMaxActiveClusters", config, f, "");
 }
@@ -174,10 +174,10 @@ API cuGetErrorString(int error, const char** text) {
            SUCCESS;
 }
 
-// NVRTC's way to the driver's own cache of compiled kernels: there is none.
+// NVRTC asks here for the driver's own cache of compiled kernels, which does not exist.
 API cuGetExportTable(const void** table, const void* id) { return *table = NULL, INVALID_VALUE; }
 
-// How cuda-python finds the rest.
+// cuda-python finds all other functions through this one.
 API cuGetProcAddress_v2(const char* name, void** function, int version, uint64_t flags,
                         int* found) {
     char second[128];

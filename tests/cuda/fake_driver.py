@@ -1,8 +1,8 @@
-"""What mvsplit_ops._cuda.gpu does to a driver, in a process whose libcuda.so.1 is fake_driver.c.
+"""Cases of mvsplit_ops._cuda.gpu, run in a process whose libcuda.so.1 is built from fake_driver.c.
 
-test_cuda_gpu.py runs this file with two folders, of the library and of compiled kernels; it
-prints {case: {"value", "error", "log"}} as JSON, `log` the driver's calls. torch has no CUDA here:
-what gpu.py asks of it is answered below.
+test_gpu.py runs this file with two folders, of the library and of compiled kernels. It prints
+{case: {"value", "error", "log"}} as JSON, where `log` lists the calls of the driver. torch may have
+no CUDA: the functions that gpu.py calls are replaced below.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -27,15 +28,15 @@ cases = []
 
 
 @contextlib.contextmanager
-def torch_device(index):
+def set_device(index):
     before, torch_state["device"] = torch_state["device"], index
     yield
     torch_state["device"] = before
 
 
-torch.cuda.device = torch_device
+torch.cuda.device = set_device
 torch.cuda.is_current_stream_capturing = lambda: torch_state["capturing"]
-torch._C._cuda_getCurrentRawStream = lambda index: torch_state["stream"] + index
+torch.cuda.current_stream = lambda index: SimpleNamespace(cuda_stream=torch_state["stream"] + index)
 
 
 def case(function):
@@ -49,8 +50,8 @@ def driver():
     return driver
 
 
-def loaded(index=1):
-    """A GPU on which both kernels have run; from here on the log is what follows."""
+def load_kernels(index=1):
+    """Return a GPU on which two kernels have run, and clear the log."""
     device = gpu.GPU(index)
     device.launch(SWIGLU, FORWARD, ARGUMENTS)
     device.launch(SWIGLU, Launch("swiglu_bwd", 3, 256), ARGUMENTS)
@@ -65,15 +66,15 @@ def forget():
 
 @case
 def limits():
-    found = {}
+    results = {}
     for capability in ("7.5", "8.0", "8.6", "9.0", "10.3", "12.0"):
         os.environ["FAKE_CUDA_GPU"] = capability
         try:
-            found[capability] = vars(gpu.GPU(0).limits)
+            results[capability] = vars(gpu.GPU(0).limits)
         except RuntimeError as error:
-            found[capability] = str(error)
+            results[capability] = str(error)
     del os.environ["FAKE_CUDA_GPU"]
-    return found
+    return results
 
 
 @case
@@ -84,24 +85,24 @@ def first_launch():
 
 @case
 def second_launch():
-    loaded().launch(SWIGLU, FORWARD, ARGUMENTS)
+    load_kernels().launch(SWIGLU, FORWARD, ARGUMENTS)
 
 
 @case
 def no_blocks():
-    loaded().launch(SWIGLU, Launch("swiglu_fwd", 0, 256), ARGUMENTS)
+    load_kernels().launch(SWIGLU, Launch("swiglu_fwd", 0, 256), ARGUMENTS)
 
 
 @case
 def cluster_and_shared_memory():
-    device = loaded()
+    device = load_kernels()
     for cluster, shared in ((8, 48 << 10), (16, 200 << 10), (4, 100 << 10), (2, 201 << 10)):
         device.launch(SWIGLU, Launch("swiglu_bwd", 32, 256, cluster, shared), ARGUMENTS)
 
 
 @case
 def streams():
-    device = loaded()
+    device = load_kernels()
     for stream in (0, 7, 0x7FFF12345678):
         torch_state["stream"] = stream
         device.launch(SWIGLU, FORWARD, ARGUMENTS)
@@ -110,14 +111,14 @@ def streams():
 
 @case
 def another_gpu_is_current():
-    device, other = loaded(1), loaded(0)
+    device, other = load_kernels(1), load_kernels(0)
     device.launch(SWIGLU, FORWARD, ARGUMENTS)
-    return int(driver().cuCtxGetCurrent()[1]) == other._context_at
+    return int(driver().cuCtxGetCurrent()[1]) == other._context_address
 
 
 @case
 def thread_without_a_context():
-    device, after = loaded(), []
+    device, after = load_kernels(), []
 
     def run():
         device.launch(SWIGLU, FORWARD, ARGUMENTS)
@@ -131,8 +132,8 @@ def thread_without_a_context():
 
 @case
 def threads_at_once():
-    """Each launch has the arguments of its own call, whatever other threads launch."""
-    device = loaded()
+    """Each launch gets the arguments of its own call while other threads launch too."""
+    device = load_kernels()
 
     def run(first):
         for n in range(first, first + 50):
@@ -147,7 +148,7 @@ def threads_at_once():
 
 @case
 def many_shapes():
-    device, gpu.MOST_CONFIGURATIONS = loaded(), 8
+    device, gpu.MOST_CONFIGURATIONS = load_kernels(), 8
     for grid in range(1, 30):
         device.launch(SWIGLU, Launch("swiglu_fwd", grid, 256), ARGUMENTS)
     return len(device._ready)
@@ -155,7 +156,7 @@ def many_shapes():
 
 @case
 def holds():
-    device, fits = loaded(), {}
+    device, fits = load_kernels(), {}
     for cluster, shared in ((0, 0), (0, 300 << 10), (8, 60 << 10), (16, 0), (32, 0), (8, 60 << 10)):
         launch = Launch("swiglu_bwd", 64, 256, cluster, shared)
         fits[f"{cluster} {shared >> 10}"] = device.holds(SWIGLU, launch)
@@ -163,8 +164,8 @@ def holds():
 
 
 @case
-def capture_of_what_is_loaded():
-    device = loaded()
+def capture_of_a_loaded_kernel():
+    device = load_kernels()
     torch_state["capturing"] = True
     device.launch(SWIGLU, FORWARD, ARGUMENTS)
 
@@ -179,7 +180,7 @@ def capture_before_the_first_launch():
 
 @case
 def launch_fails():
-    device = loaded()
+    device = load_kernels()
     os.environ["FAKE_CUDA_FAIL"] = "cuLaunchKernelEx"
     device.launch(SWIGLU, FORWARD, ARGUMENTS)
 

@@ -1,23 +1,23 @@
-"""What NVRTC makes of csrc/cuda for GPUs that need not be here: registers, spills, widths."""
+"""Registers, spills and access widths of csrc/cuda, compiled by NVRTC; no GPU is needed."""
 
 import re
 
 import pytest
 import torch
 
-from bench.static.machine_code import resources, sass
+from bench.static.machine_code import disassemble, read_resources
 from mvsplit_ops import _cuda
 from mvsplit_ops._cuda import catalogue, compile, mvsplit_rmsnorm
 from mvsplit_ops._cuda.launch import LIMITS
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
 REGISTERS = 65536  # of an SM
-# Kernels that read and write partial sums alone, a column a thread.
-OF_SUMS = {"sum_rows", "sweep_units"}
+# Kernels that only add partial sums, one column per thread.
+SUM_KERNELS = {"sum_rows", "sweep_units"}
 
 
 def every_option(dtype):
-    """The options of the operators that a model may use and the paper's does not."""
+    """Call the operators with the options that the paper's model does not use."""
     x, gain = torch.empty(2, 320, 1024, dtype=dtype), torch.empty(1024, dtype=torch.float32)
     merge = x, x, gain, gain, gain.to(dtype)
     for jx, carry in ((None, False), (torch.empty(2, 2, 1024), True)):
@@ -38,49 +38,53 @@ def every_option(dtype):
 
 
 def programs(architecture, dtype):
-    """{Program: [Launch]}: the usual shapes in bfloat16, the paper's with every option."""
-    launches = catalogue.launches(architecture) if dtype == torch.bfloat16 else []
-    with catalogue.recording(architecture) as recorder, torch.device("meta"):
+    """Return {Program: {kernel: Launch}}: every option, and in bfloat16 all common shapes."""
+    launches = catalogue.list_launches(architecture) if dtype == torch.bfloat16 else []
+    with catalogue.record_launches(architecture) as recorder, torch.device("meta"):
         every_option(dtype)
-    found = {}
+    kernels = {}
     for program, launch in (*launches, *recorder.launches):
-        found.setdefault(program, {})[launch.kernel] = launch
-    return found
+        kernels.setdefault(program, {})[launch.kernel] = launch
+    return kernels
 
 
-CASES = [(a, d) for a in ARCHITECTURES for d in (torch.bfloat16, torch.float16, torch.float32)]
+# float16 has the size of bfloat16, so one architecture is enough.
+CASES = [(a, d) for a in ARCHITECTURES for d in (torch.bfloat16, torch.float32)]
+CASES.append(("sm_90a", torch.float16))
 
 
 @pytest.mark.parametrize(("architecture", "dtype"), CASES, ids=str)
-def test_no_spills_wide_accesses_and_room_for_the_blocks_of_the_table(architecture, dtype):
+def test_kernels_do_not_spill_use_wide_accesses_and_leave_room_for_their_blocks(
+    architecture, dtype
+):
     wrong = []
     for program, launches in programs(architecture, dtype).items():
         cubin = compile.nvrtc().compile(program, architecture)
-        used, code = resources(cubin), sass(cubin)
+        used, code = read_resources(cubin), disassemble(cubin)
         for kernel, launch in launches.items():
             plain = "WEIGHT=0" in program.defines
-            fault = judge(used[kernel], code[kernel], launch, LIMITS[architecture], plain)
+            fault = find_fault(used[kernel], code[kernel], launch, LIMITS[architecture], plain)
             if fault:
                 wrong.append(f"{program.source} {' '.join(program.defines)} {kernel}: {fault}")
     assert not wrong, "\n".join(wrong)
 
 
-def judge(used, code, launch, limits, plain=True):
-    """What is wrong with a kernel for a launch; None: nothing."""
+def find_fault(used, code, launch, limits, plain=True):
+    """Return what is wrong with a compiled kernel for a launch, or None."""
     if used["STACK"] or used["LOCAL"]:
         return f"spills {used['STACK'] + used['LOCAL']} bytes"
     if launch.shared > limits.shared:
         return f"takes {launch.shared} bytes of shared memory"
     resident = 1
     if launch.cluster:
-        direction = {v: k for k, v in mvsplit_rmsnorm.KERNELS.items()}[launch.kernel]
-        wanted = mvsplit_rmsnorm.KEPT[direction][1]
+        direction = {v: k for k, v in mvsplit_rmsnorm.CLUSTER_KERNELS.items()}[launch.kernel]
+        wanted = mvsplit_rmsnorm.CLUSTER_OCCUPANCY[direction][1]
         by_memory = limits.shared_sm // (launch.shared + 1024)
         resident = min(wanted, by_memory) if plain else 1
     allocated = -(-used["REG"] // 8) * 8 * launch.block  # in units of 256 a warp
     if allocated * resident > REGISTERS:
         return f"{used['REG']} registers leave no room for {resident} blocks of {launch.block}"
-    if launch.kernel not in OF_SUMS:
+    if launch.kernel not in SUM_KERNELS:
         if not re.search(r"\bLDG\.E(\.\w+)*\.128|\bUBLKCP", code):
             return "no 128-bit load"
         if not re.search(r"\bSTG\.E(\.\w+)*\.128", code) and launch.kernel != "sweep_reduce":
@@ -88,12 +92,12 @@ def judge(used, code, launch, limits, plain=True):
     return None
 
 
-def test_the_judgement_can_fail():
-    _, launch = catalogue.launches("sm_80")[0]
+def test_each_fault_is_detected():
+    _, launch = catalogue.list_launches("sm_80")[0]
     used, limits = {"REG": 40, "STACK": 0, "LOCAL": 0}, LIMITS["sm_80"]
     code = "LDG.E.128.CONSTANT STG.E.128"
-    assert judge(used, code, launch, limits) is None
-    assert judge({**used, "STACK": 8}, code, launch, limits) == "spills 8 bytes"
-    assert judge(used, "LDG.E.CONSTANT STG.E.128", launch, limits) == "no 128-bit load"
-    assert judge(used, "LDG.E.128 STG.E.64", launch, limits) == "no 128-bit store"
-    assert "leave no room" in judge({**used, "REG": 264}, code, launch, limits)
+    assert find_fault(used, code, launch, limits) is None
+    assert find_fault({**used, "STACK": 8}, code, launch, limits) == "spills 8 bytes"
+    assert find_fault(used, "LDG.E.CONSTANT STG.E.128", launch, limits) == "no 128-bit load"
+    assert find_fault(used, "LDG.E.128 STG.E.64", launch, limits) == "no 128-bit store"
+    assert "leave no room" in find_fault({**used, "REG": 264}, code, launch, limits)

@@ -1,4 +1,4 @@
-"""The kernels of csrc/cuda beyond what every operator must pass: each plan, bytes, tables."""
+"""Further tests of csrc/cuda: every plan of MV-Split, bytes moved, tables of shapes."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from bench.cases import CASES, Shape
 from bench.common.accuracy import require_case
 from bench.static import cuda_emulator
 from bench.static.traffic import count
-from mvsplit_ops._cuda import catalogue, mvsplit_rmsnorm, rows
+from mvsplit_ops._cuda import catalogue, device, mvsplit_rmsnorm, rows
 from mvsplit_ops._cuda.launch import LIMITS
 from tests.op_suite import make, variant
 from tests.ops.test_mvsplit_rmsnorm import merge, weighted
@@ -38,7 +38,7 @@ LAUNCHES = {
 
 @pytest.fixture(autouse=True)
 def emulated():
-    """On the CPU, whatever GPU there is: its own tests are those of the operators."""
+    """Run backend cuda in the emulator, even on a GPU machine: tests/ops runs it on the GPU."""
     with cuda_emulator.using() as emulator, mv.use_backend("cuda"):
         yield emulator
 
@@ -54,33 +54,31 @@ def test_moves_no_more_than_its_budget(op):
         assert moved.launches == launches
 
 
-def launched(function):
-    """What `function` launches: [(kernel, blocks of a cluster)]."""
-    from mvsplit_ops._cuda.device import installed
+def record_launches(function):
+    """Return what `function` launches: [(kernel, blocks of a cluster)]."""
+    launches, emulator = [], device.installed["cpu"]
+    run = emulator.launch
 
-    seen, emulator = [], installed["cpu"]
-    launch = emulator.launch
+    def record(program, launch, args):
+        launches.append((launch.kernel, launch.cluster))
+        run(program, launch, args)
 
-    def spy(program, what, args):
-        seen.append((what.kernel, what.cluster))
-        launch(program, what, args)
-
-    emulator.launch = spy
+    emulator.launch = record
     try:
         function()
     finally:
         del emulator.launch
-    return seen
+    return launches
 
 
-# Segments, D and dtype that take a cluster of so many blocks forward and backward.
+# Segments, D, dtype, and the number of blocks of their clusters forward and backward.
 PLANS = (
     ((20, 3), 64, torch.bfloat16, 1, 1),
     ((130, 9), 256, torch.bfloat16, 2, 2),
     ((33, 70), 512, torch.float16, 4, 4),
     ((100, 20), 1000, torch.float16, 8, 8),
     ((256, 64), 1024, torch.bfloat16, 16, 16),
-    ((130, 9), 1026, torch.bfloat16, 8, 8),  # vectors of 4 bytes: plain loads in place of copies
+    ((130, 9), 1026, torch.bfloat16, 8, 8),  # vectors of 4 bytes: plain loads instead of copies
     ((90,), 1160, torch.float32, 16, 16),
     ((180,), 2048, torch.bfloat16, 16, 16),  # 512 threads backward
 )
@@ -91,8 +89,8 @@ PLANS = (
 def test_every_size_of_cluster_is_as_accurate_as_eager(segments, D, dtype, fwd, bwd, kind):
     case = variant("mvsplit_rmsnorm", {"plain": merge, "weighted": weighted}[kind])
     inputs = make(case, B=2 if D < 2048 else 1, segments=segments, D=D, H=1, dtype=dtype)
-    seen = launched(lambda: require_case(case, f"{segments} {D}", case.fused(), inputs))
-    clusters = dict(kernel for kernel in seen if kernel[0] != "sum_rows")
+    launches = record_launches(lambda: require_case(case, f"{segments} {D}", case.fused(), inputs))
+    clusters = dict(kernel for kernel in launches if kernel[0] != "sum_rows")
     assert clusters == {"cluster_fwd": fwd, "cluster_bwd": bwd}
 
 
@@ -108,24 +106,26 @@ SWEEPS = (
 @pytest.mark.parametrize("kind", ["plain", "weighted"])
 @pytest.mark.parametrize(("segments", "D", "dtype"), SWEEPS, ids=str)
 def test_two_sweeps_are_as_accurate_as_eager(segments, D, dtype, kind):
-    """What sm_80 takes, which has no clusters; and a segment that no cluster holds."""
+    """On sm_80, which has no clusters, and for a segment that fits in no cluster."""
     case = variant("mvsplit_rmsnorm", {"plain": merge, "weighted": weighted}[kind])
     inputs = make(case, B=1 if D > 2048 else 2, segments=segments, D=D, H=1, dtype=dtype)
     with cuda_emulator.using(cuda_emulator.AMPERE if D < 8192 else cuda_emulator.HOPPER):
-        seen = launched(lambda: require_case(case, f"{segments} {D}", case.fused(), inputs))
+        launches = record_launches(
+            lambda: require_case(case, f"{segments} {D}", case.fused(), inputs)
+        )
     sweeps = ["sweep_means", "sweep_apply", "sweep_reduce", "sweep_units", "sweep_gradients"]
-    assert [kernel for kernel, _ in seen] == [*sweeps, "sum_rows"]
+    assert [kernel for kernel, _ in launches] == [*sweeps, "sum_rows"]
 
 
 @pytest.mark.parametrize(
     "limits", [cuda_emulator.AMPERE, cuda_emulator.HOPPER], ids=["sm_80", "sm_90a"]
 )
-def test_a_carried_mean_is_that_of_y_as_stored(limits):
+def test_a_carried_mean_is_the_mean_of_the_stored_y(limits):
     (x, f, alpha, beta), _, kwargs = make(variant("", merge), segments=(70, 5), D=520, H=1)
     with cuda_emulator.using(limits):
         y, jy = mv.mvsplit_rmsnorm_with_mean(x, f, alpha, beta, **kwargs)
-        given = mv.reference.segment_means(x, kwargs["segments"]).float()
-        z, _ = mv.mvsplit_rmsnorm_with_mean(x, f, alpha, beta, jx=given, **kwargs)
+        jx = mv.reference.segment_means(x, kwargs["segments"]).float()
+        z, _ = mv.mvsplit_rmsnorm_with_mean(x, f, alpha, beta, jx=jx, **kwargs)
     exact = mv.reference.segment_means(y.double(), kwargs["segments"])
     assert torch.allclose(jy.double(), exact, rtol=0, atol=1e-6)
     assert (y.float() - z.float()).abs().max() <= 2**-7 * y.abs().max()
@@ -134,13 +134,13 @@ def test_a_carried_mean_is_that_of_y_as_stored(limits):
 @pytest.mark.parametrize(
     "limits", [cuda_emulator.AMPERE, cuda_emulator.HOPPER], ids=["sm_80", "sm_90a"]
 )
-def test_a_mean_that_lies_anywhere(limits):
-    """jx a view of a buffer, 4 bytes into it: no access of 16 bytes may be made there."""
+def test_an_input_mean_at_any_address(limits):
+    """With jx 4 bytes into a buffer, accesses of 16 bytes would be misaligned."""
     (x, f, alpha, beta), _, kwargs = make(variant("", merge), segments=(20, 5), D=64, H=1)
-    given = mv.reference.segment_means(x, kwargs["segments"]).float()
-    offset = torch.empty(given.numel() + 1)[1:].view(given.shape).copy_(given)
+    aligned = mv.reference.segment_means(x, kwargs["segments"]).float()
+    offset = torch.empty(aligned.numel() + 1)[1:].view(aligned.shape).copy_(aligned)
     results = []
-    for jx in (given, offset):
+    for jx in (aligned, offset):
         leaves = [t.clone().requires_grad_() for t in (x, f, alpha, beta)]
         with cuda_emulator.using(limits):
             y, _ = mv.mvsplit_rmsnorm_with_mean(*leaves, jx=jx, **kwargs)
@@ -153,11 +153,11 @@ def test_a_mean_that_lies_anywhere(limits):
 def test_rows_of_8192_in_float32():
     case = variant("mvsplit_rmsnorm", merge)
     inputs = make(case, B=1, segments=(1, 1, 2), D=8192, H=1, dtype=torch.float32)
-    seen = launched(lambda: require_case(case, "8192", case.fused(), inputs))
-    assert seen == [("cluster_fwd", 16), ("cluster_bwd", 16), ("sum_rows", 0)]
+    launches = record_launches(lambda: require_case(case, "8192", case.fused(), inputs))
+    assert launches == [("cluster_fwd", 16), ("cluster_bwd", 16), ("sum_rows", 0)]
 
 
-def test_both_plans_are_the_same_function():
+def test_clusters_and_sweeps_compute_the_same():
     inputs = make(variant("", merge), segments=(50, 14), D=512, H=1, dtype=torch.float32)
     results = []
     for limits in (cuda_emulator.AMPERE, cuda_emulator.HOPPER):
@@ -166,15 +166,15 @@ def test_both_plans_are_the_same_function():
     assert torch.allclose(*results, rtol=1e-5, atol=1e-6)
 
 
-def test_a_cluster_that_cannot_be_resident_is_not_taken(emulated):
-    """MIG slices and small parts hold no 16 blocks: the GPU is asked, a launch does not fail."""
+def test_a_cluster_that_cannot_be_resident_is_not_launched(emulated):
+    """The device is asked first: MIG slices and small GPUs do not hold 16 blocks."""
     (x, f, alpha, beta), _, kwargs = make(variant("", merge), segments=(256,), D=1024, H=1, B=1)
-    seen = launched(lambda: mv.mvsplit_rmsnorm(x, f, alpha, beta, **kwargs))
-    assert seen == [("cluster_fwd", 16)]
+    launches = record_launches(lambda: mv.mvsplit_rmsnorm(x, f, alpha, beta, **kwargs))
+    assert launches == [("cluster_fwd", 16)]
     emulated.holds = lambda program, launch: launch.cluster <= 8
-    mvsplit_rmsnorm._plan.cache_clear()
-    seen = launched(lambda: mv.mvsplit_rmsnorm(x, f, alpha, beta, **kwargs))
-    assert seen == [("cluster_fwd", 8)]
+    mvsplit_rmsnorm._choose_plan.cache_clear()
+    launches = record_launches(lambda: mv.mvsplit_rmsnorm(x, f, alpha, beta, **kwargs))
+    assert launches == [("cluster_fwd", 8)]
 
 
 TOKENS = (1, 2, 7, 64, 77, 200, 256, 320, 512, 1024, 2048, 4096)
@@ -186,39 +186,43 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_every_shape_has_a_plan_that_fits(direction, architecture):
     limits = LIMITS[architecture]
-    found = set()
+    cluster_sizes = set()
     widths = range(8, 8193, 8) if architecture == "sm_90a" else WIDTHS
     for Ts, D, dtype in itertools.product(TOKENS, widths, DTYPES):
         width = 16 // dtype.itemsize
-        plans = mvsplit_rmsnorm.clusters(direction, Ts, D, width, dtype.itemsize, 4, limits)
+        sizes = width, dtype.itemsize, 4
+        plans = mvsplit_rmsnorm.list_clusters(direction, Ts, D, sizes, limits)
         assert all(plan.blocks <= limits.cluster for plan in plans)
         for plan in plans:
             assert plan.shared <= limits.shared
             assert plan.slice % width == 0 and plan.slice * plan.blocks >= D
             assert plan.lanes * plan.items * width >= plan.slice and 32 % plan.lanes == 0
-        found.update(plan.blocks for plan in plans[:1])
+        cluster_sizes.update(plan.blocks for plan in plans[:1])
         if not plans:
-            layout = rows.layout(direction, D, 4, width)
+            layout = rows.lay_out_rows(direction, D, 4, width)
             assert layout.lanes * layout.items * width >= D and layout.threads <= 1024
             assert layout.threads % layout.lanes == 0
-            assert max(layout.shared(D, 4, 3, False), layout.shared(D, 4, 1, True)) <= limits.shared
-            weighted = max(layout.shared(D, 4, 5, False), layout.shared(D, 4, 4, True))
+            assert (
+                max(layout.count_shared(D, 4, 3, False), layout.count_shared(D, 4, 1, True))
+                <= limits.shared
+            )
+            weighted = max(layout.count_shared(D, 4, 5, False), layout.count_shared(D, 4, 4, True))
             assert weighted <= limits.shared or (D > 4096 and limits.shared < 163 << 10)
-    assert found == ({1, 2, 4, 8, 16} & set(range(limits.cluster + 1)))
+    assert cluster_sizes == ({1, 2, 4, 8, 16} & set(range(limits.cluster + 1)))
 
 
 def test_segments_of_the_paper_leave_room_for_blocks_that_load_and_store():
-    plan, *_ = mvsplit_rmsnorm.clusters("forward", 256, 1024, 8, 2, 4, cuda_emulator.HOPPER)
+    plan, *_ = mvsplit_rmsnorm.list_clusters("forward", 256, 1024, (8, 2, 4), cuda_emulator.HOPPER)
     assert (plan.blocks, plan.slice, plan.items) == (16, 64, 1)
     assert 3 * (plan.shared + 1024) <= cuda_emulator.HOPPER.shared_sm
-    plan, *_ = mvsplit_rmsnorm.clusters("backward", 256, 2048, 8, 2, 4, cuda_emulator.HOPPER)
+    plan, *_ = mvsplit_rmsnorm.list_clusters("backward", 256, 2048, (8, 2, 4), cuda_emulator.HOPPER)
     assert plan.threads == 512 and plan.shared <= cuda_emulator.HOPPER.shared
-    plan, *_ = mvsplit_rmsnorm.clusters("backward", 256, 1024, 8, 2, 4, cuda_emulator.HOPPER)
+    plan, *_ = mvsplit_rmsnorm.list_clusters("backward", 256, 1024, (8, 2, 4), cuda_emulator.HOPPER)
     assert plan.threads == 256
     assert 2 * (plan.shared + 1024) <= cuda_emulator.HOPPER.shared_sm
 
 
-def test_more_segments_than_a_launch_can_name():
+def test_more_segments_than_a_launch_can_take():
     x, a = torch.randn(1, 65, 8), torch.rand(8)
     with pytest.raises(ValueError, match="mvsplit_rmsnorm: .*at most 64 segments, got 65; pass"):
         mv.mvsplit_rmsnorm(x, x, a, a, segments=(1,) * 65)
@@ -231,10 +235,10 @@ def test_rows_too_wide_for_shared_memory():
         mv.residual_rmsnorm(x, x, torch.ones(1 << 17))
 
 
-def test_the_catalogue_holds_what_the_paper_needs():
-    launches = catalogue.launches("sm_90a")
+def test_the_catalogue_has_the_kernels_of_the_paper():
+    launches = catalogue.list_launches("sm_90a")
     kernels = {launch.kernel for _, launch in launches}
     assert {"swiglu_fwd", "heads_bwd", "cluster_fwd", "cluster_bwd", "residual_bwd"} <= kernels
     assert all(launch.shared <= LIMITS["sm_90a"].shared for _, launch in launches)
-    assert not any(launch.cluster for _, launch in catalogue.launches("sm_80"))
-    assert len(set(catalogue.programs("sm_90a"))) == len(catalogue.programs("sm_90a"))
+    assert not any(launch.cluster for _, launch in catalogue.list_launches("sm_80"))
+    assert len(set(catalogue.list_programs("sm_90a"))) == len(catalogue.list_programs("sm_90a"))

@@ -1,3 +1,5 @@
+"""Which backend runs a call, and the errors of those that cannot."""
+
 import json
 import os
 import pathlib
@@ -15,19 +17,19 @@ from mvsplit_ops import _C, _backends
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
-def which_backend(x):
-    """The backend that a call of swiglu takes, read from the op that runs."""
+def backend_of_call(x):
+    """Return the backend of a call of swiglu, from the op that runs."""
     with Recorder() as recorder:
         mv.swiglu(x)
     return recorder.calls[0][1][-1] if recorder.calls else "reference"
 
 
-def test_the_default_depends_on_the_device_type_alone():
-    assert which_backend(torch.randn(4)) == "cpu"
+def test_the_default_depends_only_on_the_device_type():
+    assert backend_of_call(torch.randn(4)) == "cpu"
     assert _backends.resolve("swiglu", None, torch.empty(0, device="meta")) == "cpu"
 
 
-def test_what_is_not_measured_takes_triton():
+def test_triton_is_the_default_without_a_measurement():
     assert set(_backends.FASTEST) == {
         (c, op) for c in ((8, 0), (9, 0), (10, 0)) for op in _backends.OPS
     }
@@ -54,17 +56,17 @@ def test_the_default_of_a_gpu_is_the_fastest_measured_there(monkeypatch):
 def test_use_backend_nests_and_ends():
     x = torch.randn(4)
     with mv.use_backend("reference"):
-        assert which_backend(x) == "reference"
+        assert backend_of_call(x) == "reference"
         with mv.use_backend("cpu"):
-            assert which_backend(x) == "cpu"
-        assert which_backend(x) == "reference"
-    assert which_backend(x) == "cpu"
+            assert backend_of_call(x) == "cpu"
+        assert backend_of_call(x) == "reference"
+    assert backend_of_call(x) == "cpu"
     with pytest.raises(KeyError), mv.use_backend("reference"):
         raise KeyError
-    assert which_backend(x) == "cpu"
+    assert backend_of_call(x) == "cpu"
 
 
-def test_the_argument_goes_before_use_backend():
+def test_the_argument_overrides_use_backend():
     x = torch.randn(4)
     with mv.use_backend("cuda"), cuda_emulator.absent():
         assert torch.equal(mv.swiglu(x, backend="reference"), mv.reference.swiglu(x))
@@ -94,29 +96,29 @@ def test_an_unknown_backend_is_named():
 
 
 @pytest.mark.parametrize("op", _backends.OPS)
-def test_a_missing_backend_says_what_is_missing(op):
+def test_the_error_of_a_missing_backend_names_the_reason(op):
     reasons = {b: ops[op] for b, ops in mv.backends().items()}
     assert reasons["reference"] is None and reasons["cpu"] is None
     for backend in ("triton", "cuda"):
         if reasons[backend] is None:
             continue
         with cuda_emulator.absent(), pytest.raises(RuntimeError) as error:
-            _backends.kernel(backend, op, "_fwd", "cpu")
+            _backends.load_kernel(backend, op, "_fwd", "cpu")
         assert f"{op}: backend '{backend}' cannot run here: " in str(error.value)
         assert str(error.value).endswith("or pass backend='reference'")
 
 
-def test_the_reference_is_no_kernel():
-    with pytest.raises(RuntimeError, match="swiglu: backend 'reference' is no kernel"):
+def test_the_reference_has_no_kernel():
+    with pytest.raises(RuntimeError, match="swiglu: backend 'reference' has no kernel"):
         torch.ops.mvsplit.swiglu_fwd(torch.ones(2), "reference")
 
 
 def test_a_backend_refuses_the_tensors_of_another_device():
     with pytest.raises(RuntimeError, match="takes tensors on cpu, not cuda"):
-        _backends.kernel("cpu", "rope", "_fwd", "cuda")
+        _backends.load_kernel("cpu", "rope", "_fwd", "cuda")
 
 
-def test_a_device_without_a_default_says_so():
+def test_a_device_without_a_default_backend():
     class Elsewhere(torch.Tensor):
         device = torch.device("mps")
 
@@ -125,7 +127,7 @@ def test_a_device_without_a_default_says_so():
 
 
 def test_without_the_extension_the_remedy_is_named():
-    """A checkout that was not built: everything but the cpu backend works."""
+    """In a checkout that is not built, everything except the cpu backend works."""
     code = (
         "import sys; sys.modules['mvsplit_ops._C'] = None\n"
         "import torch, mvsplit_ops as mv\n"
@@ -163,12 +165,12 @@ def test_an_old_triton_is_named(monkeypatch):
     from mvsplit_ops.triton_kernels import _common
 
     monkeypatch.setattr(_common.triton, "__version__", "3.4.0")
-    assert _common.missing("cuda").startswith("Triton 3.5 or newer is needed, found 3.4.0")
+    assert _common.find_missing("cuda").startswith("Triton must be 3.5 or newer, got 3.4.0; run")
     monkeypatch.setattr(_common.triton, "__version__", "3.10.0+git1")
-    assert _common.missing("cuda") is None
+    assert _common.find_missing("cuda") is None
 
 
-def test_report_of_what_runs_where():
+def test_the_report_shows_each_backend_and_reason():
     command = [sys.executable, "-m", "mvsplit_ops"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     for op in _backends.OPS:
@@ -182,7 +184,7 @@ def test_report_of_what_runs_where():
 
 def test_import_prints_nothing():
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", "import mvsplit_ops, bench.profile, model"],
+        [sys.executable, "-W", "error", "-c", "import mvsplit_ops, bench.measure.profile, model"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -201,8 +203,8 @@ def test_instruction_sets_can_be_chosen_and_a_wrong_one_is_named():
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
-def test_backward_ops_stay_inside_their_tensors(backend):
-    """A direct call of a backward kernel with shapes that do not belong together."""
+def test_backward_ops_never_read_out_of_bounds(backend):
+    """A backward kernel refuses shapes that do not fit together, even in a direct call."""
     ops, x = torch.ops.mvsplit, torch.randn(2, 4, 8)
     q, rstd, a = torch.randn(2, 4, 1, 8), torch.rand(2, 4), torch.rand(8)
     mean = torch.rand(2, 1, 8)
@@ -225,7 +227,7 @@ def test_backward_ops_stay_inside_their_tensors(backend):
         ),
     )
     if torch.cuda.is_available() and backend != "cpu":
-        pytest.skip("on a GPU these kernels take tensors there, and these are on the CPU")
+        pytest.skip("on a GPU machine these kernels take only tensors on the GPU")
     for call in calls:
         with pytest.raises(RuntimeError, match="mvsplit_ops: "):
             call()

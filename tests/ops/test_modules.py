@@ -1,3 +1,5 @@
+"""The modules that own parameters."""
+
 import torch
 
 import mvsplit_ops as mv

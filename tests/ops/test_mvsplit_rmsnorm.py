@@ -1,11 +1,13 @@
+"""mvsplit_rmsnorm: the suite of every operator, and its own tests."""
+
 import pytest
 import torch
 from torch.library import opcheck
 
 import mvsplit_ops as mv
 from bench.cases import randn
-from bench.common.accuracy import double, results_and_gradients
-from tests.op_suite import OpSuite, make, variant
+from bench.common.accuracy import double
+from tests.op_suite import OpSuite, all_tensors, assert_equal, call_and_list_saved, make, variant
 
 
 def merge(shape, g, params=torch.float32):
@@ -29,7 +31,7 @@ def one_segment(shape, g):
 
 
 def mean_dominated(shape, g):
-    """The regime that the method is for: the token mean is larger than what varies around it."""
+    """Inputs with a token mean larger than the variation around it, which the method is for."""
     (x, f, alpha, beta), _, kwargs = merge(shape, g)
     return (x + 4, f - 3, alpha, beta), (), kwargs
 
@@ -45,21 +47,15 @@ class TestMVSplitRMSNorm(OpSuite):
     }
 
     def test_gains_of_one_are_a_plain_residual(self):
-        """alpha = beta = 1: x + P f + J f - J x; with J x removed beforehand that is x + f."""
-        x, f = (
-            torch.randn(2, 6, 16, dtype=torch.float64),
-            torch.randn(2, 6, 16, dtype=torch.float64),
-        )
+        """alpha = beta = 1 gives x + P f + J f - J x, which is x + f if J x is zero."""
+        x, f = (torch.randn(2, 6, 16, dtype=torch.float64) for _ in "xf")
         x -= x.mean(1, keepdim=True)
         one = torch.ones(16, dtype=torch.float64)
         assert torch.allclose(mv.mvsplit_rmsnorm(x, f, one, one), mv.residual_rmsnorm(x, f))
 
-    def test_alpha_zero_passes_no_mean_of_the_branch(self):
-        """alpha = 0: adding a constant to every token of f changes nothing."""
-        x, f = (
-            torch.randn(2, 6, 16, dtype=torch.float64),
-            torch.randn(2, 6, 16, dtype=torch.float64),
-        )
+    def test_alpha_zero_ignores_the_mean_of_the_branch(self):
+        """With alpha = 0, adding a constant to every token of f changes nothing."""
+        x, f = (torch.randn(2, 6, 16, dtype=torch.float64) for _ in "xf")
         zero, beta = torch.zeros(16, dtype=torch.float64), torch.rand(16, dtype=torch.float64)
         shifted = mv.mvsplit_rmsnorm(x, f + 7, zero, beta)
         assert torch.allclose(mv.mvsplit_rmsnorm(x, f, zero, beta), shifted)
@@ -70,11 +66,11 @@ class TestMVSplitRMSNorm(OpSuite):
         changed = [t.clone() for t in activations]
         changed[0][:, :4] += 1
         assert torch.equal(mv.mvsplit_rmsnorm(*changed, **kwargs)[:, 4:], y[:, 4:])
-        alone = [t[1:] if t.dim() == 3 else t for t in activations]
-        assert torch.equal(mv.mvsplit_rmsnorm(*alone, **kwargs), y[1:])
+        second = [t[1:] if t.dim() == 3 else t for t in activations]
+        assert torch.equal(mv.mvsplit_rmsnorm(*second, **kwargs), y[1:])
 
-    def test_many_samples_are_the_same_as_each_alone(self, backend, threads):
-        """More bytes than the cores' caches, more tokens than a program's share."""
+    def test_a_sample_does_not_depend_on_the_batch(self, backend, threads):
+        """With more bytes than the caches hold, and more tokens than one program processes."""
         threads(1)
         shape = {"segments": (300, 40), "D": 1024} if backend == "cpu" else {"segments": (33, 4)}
         activations, _, kwargs = make(self.variants["plain"], B=6, **shape)
@@ -83,22 +79,18 @@ class TestMVSplitRMSNorm(OpSuite):
             one = [t[b : b + 1] if t.dim() == 3 else t for t in activations]
             assert torch.equal(mv.mvsplit_rmsnorm(*one, **kwargs), y[b : b + 1])
 
-    def test_keeps_y_and_f_not_x(self):
+    def test_saves_y_and_f_but_not_x(self):
         (x, f, alpha, beta), _, kwargs = make(self.variants["plain"])
-        saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-            y = mv.mvsplit_rmsnorm(x.requires_grad_(), f.requires_grad_(), alpha, beta, **kwargs)
-        assert {t.data_ptr() for t in saved if t.numel() == x.numel()} == {
-            y.data_ptr(),
-            f.data_ptr(),
-        }
+        y, saved = call_and_list_saved(
+            lambda x, f: mv.mvsplit_rmsnorm(x, f, alpha, beta, **kwargs), x, f
+        )
+        assert saved == {y.data_ptr(), f.data_ptr()}
 
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("name", ["plain", "weighted", "one segment"])
-    def test_the_mean_that_a_chain_carries(self, name, dtype):
-        """jy is the mean of y as stored; with it as jx the next merge is the same."""
+    @pytest.mark.rotate(dtype=(torch.float64, torch.float32, torch.bfloat16))
+    def test_the_mean_that_a_chain_carries(self, case, dtype):
+        """jy is the mean of y as it is stored; the next merge gives the same result with it."""
         shape = {"segments": (37, 5, 1), "D": 96, "dtype": dtype}
-        activations, _, kwargs = make(self.variants[name], **shape)
+        activations, _, kwargs = make(case, **shape)
         if dtype == torch.float64:
             activations = [t.double() for t in activations]
         y, jy = mv.mvsplit_rmsnorm_with_mean(*activations, **kwargs)
@@ -108,27 +100,25 @@ class TestMVSplitRMSNorm(OpSuite):
         assert jy.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert torch.allclose(jy.double(), exact, rtol=0, atol=1e-6)
         x, *rest = activations
-        given = mv.reference.segment_means(x, segments)
-        plain = results_and_gradients(
-            lambda a, c, k: [mv.mvsplit_rmsnorm(*a, **k)], activations, (), kwargs
+        jx = mv.reference.segment_means(x, segments)
+        inputs = activations, (), kwargs
+        plain = all_tensors(lambda a, c, k: [mv.mvsplit_rmsnorm(*a, **k)], inputs)
+        chained = all_tensors(
+            lambda a, c, k: [mv.mvsplit_rmsnorm_with_mean(*a, jx=jx, **k)[0]], inputs
         )
-        chained = results_and_gradients(
-            lambda a, c, k: [mv.mvsplit_rmsnorm_with_mean(*a, jx=given, **k)[0]],
-            *(activations, (), kwargs),
-        )
-        for got, want in zip(chained[0] + chained[1], plain[0] + plain[1], strict=True):
+        for got, want in zip(chained, plain, strict=True):
             atol = 2 * torch.finfo(dtype).eps * want.abs().max().item()
             assert torch.allclose(got, want, rtol=1e-4, atol=atol)
 
-    def test_a_given_mean_is_taken_and_not_computed(self):
-        """With alpha = 1 and f = 0 the merge is RMSNorm(x - jx): it shows which jx was taken."""
+    def test_an_input_mean_is_used_instead_of_computed(self):
+        """With alpha = 1 and f = 0 the merge is RMSNorm(x - jx), which shows which jx it used."""
         x, one = torch.randn(2, 6, 16), torch.ones(16)
         f, jx = torch.zeros_like(x), torch.randn(2, 2, 16)
         y, _ = mv.mvsplit_rmsnorm_with_mean(x, f, one, one, jx=jx, segments=(4, 2))
         z = x - torch.cat((jx[:, :1].expand(2, 4, 16), jx[:, 1:].expand(2, 2, 16)), 1)
         assert torch.allclose(y, mv.reference.rms_norm(z, None, 1e-5), atol=1e-5)
 
-    def test_the_carried_mean_has_no_gradient_and_takes_none(self):
+    def test_the_carried_mean_has_no_gradient(self):
         x, f = (torch.randn(2, 6, 16, requires_grad=True) for _ in "xf")
         a, jx = torch.rand(16), torch.randn(2, 1, 16, requires_grad=True)
         for backend in (None, "reference"):
@@ -153,10 +143,7 @@ class TestMVSplitRMSNorm(OpSuite):
         activations, _, kwargs = make(self.variants["plain"])
         torch.compiler.reset()
         compiled = torch.compile(chain, fullgraph=True, backend="aot_eager")
-        for got, want in zip(
-            compiled(*activations, **kwargs), chain(*activations, **kwargs), strict=True
-        ):
-            assert torch.equal(got, want)
+        assert_equal(compiled(*activations, **kwargs), chain(*activations, **kwargs))
 
     def test_bad_mean(self):
         x, a = torch.randn(2, 7, 8, dtype=torch.bfloat16), torch.rand(8)
@@ -168,7 +155,7 @@ class TestMVSplitRMSNorm(OpSuite):
             mv.mvsplit_rmsnorm_with_mean(x, x, a, a, jx=torch.zeros(2, 1, 8, device="meta"))
 
     def test_many_segments_of_any_length(self):
-        """Of one token, of less and of more than a program's rows."""
+        """Segments of one token, of fewer and of more tokens than the rows of a program."""
         segments = (1, 16, 17, 1, 33, 2, 15, 1)
         inputs = double(make(self.variants["plain"], segments=segments, B=1))
         self._equals_the_definition(self.variants["plain"], inputs)

@@ -1,4 +1,4 @@
-"""The definitions, held against the formulas written another way."""
+"""The definitions, compared with their formulas written in another way."""
 
 import math
 
@@ -46,15 +46,11 @@ def test_rope_is_a_complex_rotation():
 
 def test_rms_norm_has_unit_mean_square():
     (x,) = doubles((4, 6))
-    assert torch.allclose(
-        reference.rms_norm(x, None, 0.0).square().mean(-1), torch.ones(4).double()
-    )
+    mean_square = reference.rms_norm(x, None, 0.0).square().mean(-1)
+    assert torch.allclose(mean_square, torch.ones(4).double())
     weight = torch.arange(6.0, dtype=torch.float64)
-    ours, torchs = (
-        reference.rms_norm(x, weight, 1e-5),
-        torch.nn.functional.rms_norm(x, (6,), weight, 1e-5),
-    )
-    assert torch.allclose(ours, torchs)
+    expected = torch.nn.functional.rms_norm(x, (6,), weight, 1e-5)
+    assert torch.allclose(reference.rms_norm(x, weight, 1e-5), expected)
 
 
 def test_results_have_the_dtype_of_the_activations():

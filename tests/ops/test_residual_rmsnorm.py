@@ -1,8 +1,10 @@
+"""residual_rmsnorm: the suite of every operator, and its own tests."""
+
 import torch
 
 import mvsplit_ops as mv
 from bench.cases import randn
-from tests.op_suite import OpSuite, variant
+from tests.op_suite import OpSuite, call_and_list_saved, variant
 
 
 def pair(shape, g):
@@ -22,11 +24,7 @@ def weighted(shape, g):
     return (*pair(shape, g), scale, weight), (), {}
 
 
-def weight_alone(shape, g):
-    return (*pair(shape, g), randn(shape, g, shape.D, dtype=torch.float32)), (), {}
-
-
-def scale_is_none(op, activations, constants, kwargs):
+def without_scale(op, activations, constants, kwargs):
     x, f, weight = activations
     return op(x, f, None, weight, **kwargs)
 
@@ -36,12 +34,12 @@ class TestResidualRMSNorm(OpSuite):
         "Post-Norm": variant("residual_rmsnorm", post_norm),
         "LayerScale": variant("residual_rmsnorm", layerscale),
         "weighted": variant("residual_rmsnorm", weighted),
-        "weight alone": variant("residual_rmsnorm", weight_alone, scale_is_none),
+        "weight only": variant("residual_rmsnorm", layerscale, without_scale),
         "eps": variant("residual_rmsnorm", post_norm, eps=0.1),
     }
 
     def test_rezero_is_layerscale_with_one_number(self):
-        """A scalar scale; its gradient is the sum of LayerScale's."""
+        """The gradient of a scalar scale is the sum of LayerScale's."""
         x, f = (torch.randn(2, 5, 16, dtype=torch.bfloat16) for _ in "xf")
         scalar = torch.tensor(0.7, requires_grad=True)
         vector = torch.full((16,), 0.7, requires_grad=True)
@@ -50,15 +48,14 @@ class TestResidualRMSNorm(OpSuite):
         y.sum().backward()
         mv.residual_rmsnorm(x, f, vector).sum().backward()
         assert torch.equal(scalar.grad, vector.grad.sum())
-        doubles = [t.double().requires_grad_() for t in (x, f, scalar.detach())]
+        doubles = [
+            t.double().requires_grad_() for t in (x[:, :2, :6], f[:, :2, :6], scalar.detach())
+        ]
         assert torch.autograd.gradcheck(mv.residual_rmsnorm, doubles)
 
-    def test_post_norm_keeps_y_alone(self):
-        x, f = (torch.randn(2, 3, 8, requires_grad=True) for _ in "xf")
-        saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-            y = mv.residual_rmsnorm(x, f)
-        assert {t.data_ptr() for t in saved if t.numel() == x.numel()} == {y.data_ptr()}
+    def test_post_norm_saves_only_y(self):
+        y, saved = call_and_list_saved(mv.residual_rmsnorm, *torch.randn(2, 2, 3, 8))
+        assert saved == {y.data_ptr()}
 
     def test_bad_input(self):
         x, s = torch.randn(2, 7, 8), torch.rand(8)

@@ -1,3 +1,5 @@
+"""rope: the suite of every operator, and its own tests."""
+
 import math
 
 import pytest
@@ -21,14 +23,14 @@ def a_table_for_each_sample(shape, g):
 class TestRope(OpSuite):
     variants = {
         "halves": variant("rope", one_head_set),
-        "inverse": variant("rope", one_head_set, conjugate=True),
+        "conjugate": variant("rope", one_head_set, conjugate=True),
         "interleaved": variant("rope", one_head_set, interleaved=True),
-        "interleaved inverse": variant("rope", one_head_set, interleaved=True, conjugate=True),
+        "interleaved conjugate": variant("rope", one_head_set, interleaved=True, conjugate=True),
         "a table for each sample": variant("rope", a_table_for_each_sample),
     }
 
     def test_rotates_by_the_angle(self):
-        """A pair at angle a becomes the pair at angle a + theta: the field's sign."""
+        """A pair at angle a becomes the pair at angle a + theta."""
         a, theta = 0.3, 0.5
         x = torch.tensor([math.cos(a), math.sin(a)], dtype=torch.float64).view(1, 1, 1, 2)
         cos, sin = (torch.tensor([[f(theta)]], dtype=torch.float64) for f in (math.cos, math.sin))
@@ -37,13 +39,13 @@ class TestRope(OpSuite):
         back = mv.rope(mv.rope(x, cos, sin), cos, sin, conjugate=True)
         assert torch.allclose(back, x)
 
-    def test_longer_tables_are_cut(self):
+    def test_rows_of_a_table_after_the_last_token_are_ignored(self):
         x, angle = torch.randn(2, 5, 1, 4), torch.rand(9, 2)
         whole = mv.rope(x, angle.cos(), angle.sin())
         assert torch.equal(whole, mv.rope(x, angle[:5].cos(), angle[:5].sin()))
 
-    def test_tokens_further_apart_than_32_bits_count(self):
-        memory = torch.empty(2**31 + 64, dtype=torch.bfloat16)  # 4 GiB, of which two rows are used
+    def test_strides_of_tokens_may_exceed_32_bits(self):
+        memory = torch.empty(2**31 + 64, dtype=torch.bfloat16)  # 4 GiB; two rows are used
         far, angle = memory.as_strided((1, 2, 2, 32), (0, 2**31, 32, 1)), torch.rand(2, 16)
         far.copy_(torch.randn(1, 2, 2, 32))
         want = mv.rope(far.contiguous(), angle.cos(), angle.sin())
@@ -71,16 +73,16 @@ class TestRope(OpSuite):
             mv.rope(x, t.double(), t.double())
         with self.refuses("sin must be of the shape of cos, (6, 2), got (5, 2)"):
             mv.rope(x, torch.rand(6, 2), t)
-        with self.refuses(f"cos must be on {x.device}, where the first input is, got meta"):
+        with self.refuses(f"cos must be on {x.device}, the device of the first input, got meta"):
             mv.rope(x, t.to("meta"), t.to("meta"))
         with self.refuses("the first argument must be a tensor, got list"):
             mv.rope([1.0], t, t)
 
-    @pytest.mark.parametrize("which", [0, 1])
-    def test_a_table_that_wants_a_gradient_is_refused(self, which):
-        tables = [torch.rand(5, 2).requires_grad_(i == which) for i in (0, 1)]
+    @pytest.mark.parametrize("index", [0, 1])
+    def test_a_table_that_requires_grad_is_refused(self, index):
+        tables = [torch.rand(5, 2).requires_grad_(i == index) for i in (0, 1)]
         x = torch.randn(2, 5, 1, 4)
         with self.refuses("cos and sin must not require grad"):
             mv.rope(x, *tables)
         mv.rope(x, *tables, backend="reference").sum().backward()
-        assert tables[which].grad is not None
+        assert tables[index].grad is not None

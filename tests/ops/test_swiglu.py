@@ -1,3 +1,5 @@
+"""swiglu: the suite of every operator, and its own tests."""
+
 import torch
 
 import mvsplit_ops as mv
@@ -35,7 +37,7 @@ class TestSwiglu(OpSuite):
         assert torch.allclose(mv.swiglu(x), want)
 
     def test_saturated_gates(self, capability):
-        """sigmoid is 0 or 1 to the last bit far out, and nothing overflows on the way."""
+        """For large arguments sigmoid is exactly 0 or 1, and nothing overflows."""
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             gate = torch.tensor([-1e4, -300.0, -90.0, 0.0, 90.0, 300.0, 1e4], dtype=dtype)
             x = torch.cat((gate, torch.ones_like(gate))).requires_grad_()
@@ -44,8 +46,8 @@ class TestSwiglu(OpSuite):
             assert torch.allclose(y, gate.clamp(min=0), atol=1e-30)
             assert torch.isfinite(x.grad).all()
 
-    def test_rows_further_apart_than_32_bits_count(self):
-        memory = torch.empty(2**31 + 64, dtype=torch.bfloat16)  # 4 GiB, of which two rows are used
+    def test_strides_of_rows_may_exceed_32_bits(self):
+        memory = torch.empty(2**31 + 64, dtype=torch.bfloat16)  # 4 GiB; two rows are used
         far = memory.as_strided((2, 64), (2**31, 1))
         far.copy_(torch.randn(2, 64))
         assert torch.equal(mv.swiglu(far), mv.swiglu(far.contiguous()))
