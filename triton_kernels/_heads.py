@@ -19,9 +19,12 @@ Bytes, in passes over q or k: forward 1 read and 1 written of each, backward 2 a
 the tables once per token for all heads of q and k. Launch: a program owns whole tokens of q and k
 with all heads; a tile is [tokens, heads, pairs]. A thread has 8 adjacent elements, 16 bytes of
 bf16, and their 8 partners. With a weight, a second launch adds partial rows of dw.
+
+Preconditions: contiguous heads and rows of the tables, equal strides of cos and sin; the launchers
+copy other tensors. Deterministic: the order of every sum depends only on the shape.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -63,15 +66,14 @@ def _forward(
     rstds = [new_statistics(x, *x.shape[:3]) for x in xs] if norm else []
     tables, table_strides = prepare_tables(tables, xs[0])
     strides = tuple(x.stride()[:3] for x in xs)
-    tokens, options = _choose_options(xs, tables, modes)
+    tokens, options = _choose_options(xs, modes)
     launch(
         _fwd,
-        ceil_div(tokens, options["BLOCK_T"]),
+        ceil_div(tokens, options["TILE"].tokens),
         xs[0],
         *(tuple(xs), tuple(weights), tables, tuple(ys), tuple(rstds), strides, table_strides),
         *(xs[0].shape[1], tokens),
         EPS=eps,
-        NORM=norm,
         **options,
     )
     return ys, rstds
@@ -92,8 +94,8 @@ def _backward(
     dxs = [new_empty(x, x.shape) for x in saved]
     tables, table_strides = prepare_tables(tables, saved[0])
     strides = tuple((*dy.stride()[:3], *x.stride()[:3]) for dy, x in zip(dys, saved, strict=True))
-    tokens, options = _choose_options(saved, tables, modes)
-    per_program, weighted = options["BLOCK_T"], sum(w is not None for w in weights)
+    tokens, options = _choose_options(saved, modes)
+    per_program, weighted = options["TILE"].tokens, sum(w is not None for w in weights)
     if weighted:
         share = ceil_div(tokens, MOST_PARTIALS)
         per_program *= max(1, ceil_div(share, per_program))
@@ -105,7 +107,6 @@ def _backward(
         saved[0],
         *(tuple(dys), tuple(saved), tuple(rstds), tuple(weights), tables, tuple(dxs), partials),
         *(strides, table_strides, saved[0].shape[1], tokens, per_program),
-        TOGETHER=1 if weighted else 2,  # the sums of dw of q and k would not fit the registers
         **options,
     )
     sums = iter(sum_rows(partials) if weighted else ())
@@ -116,26 +117,23 @@ def _backward(
 LAUNCHERS = HeadLaunchers(_forward, _backward)
 
 
-def _choose_options(
-    xs: list[Tensor], tables: Tables, modes: HeadModes
-) -> tuple[int, dict[str, Any]]:
+class HeadTile(NamedTuple):
+    """Sizes of the tile that a program works on at once."""
+
+    tokens: int
+    heads: int
+    pairs: int
+
+
+def _choose_options(xs: list[Tensor], modes: HeadModes) -> tuple[int, dict[str, Any]]:
     """Return the number of tokens, and the constants of a kernel."""
     B, T, _, D = xs[0].shape
     pairs = next_power_of_two(ceil_div(D, 2))
-    heads = tuple(x.shape[2] for x in xs)
-    block_h = min(next_power_of_two(max(heads)), MOST_HEADS)
-    return B * T if D else 0, {
-        "HEADS": heads,
-        "D": D,
-        "BLOCK_T": max(1, TILE_PAIRS // (block_h * pairs)),
-        "BLOCK_H": block_h,
-        "BLOCK_C": pairs,
-        "ROTATE": bool(tables),
-        "INTERLEAVED": modes.interleaved,
-        "CONJUGATE": modes.conjugate,
-        "NORM_FIRST": modes.norm_first,
-        "num_warps": TILE_WARPS,
-    }
+    counts = tuple(x.shape[2] for x in xs)
+    heads = min(next_power_of_two(max(counts)), MOST_HEADS)
+    tile = HeadTile(max(1, TILE_PAIRS // (heads * pairs)), heads, pairs)
+    options = {"HEADS": counts, "D": D, "TILE": tile, "MODES": modes, "num_warps": TILE_WARPS}
+    return B * T if D else 0, options
 
 
 @triton.jit(do_not_specialize=["T", "tokens"])
@@ -151,38 +149,33 @@ def _fwd(
     tokens,
     HEADS: tl.constexpr,
     D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    ROTATE: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    CONJUGATE: tl.constexpr,
-    NORM_FIRST: tl.constexpr,
-    NORM: tl.constexpr,
+    TILE: tl.constexpr,
+    MODES: tl.constexpr,
     EPS: tl.constexpr,
 ):
-    n = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None, None]
+    ROTATE: tl.constexpr = len(tables) > 0
+    n = tl.program_id(0) * TILE.tokens + tl.arange(0, TILE.tokens)[:, None, None]
     if ROTATE:
-        cos, sin = _angles(tables, table_strides, n, T, tokens, D, BLOCK_C, CONJUGATE)
+        cos, sin = _angles(tables, table_strides, n, T, tokens, D, TILE.pairs, MODES.conjugate)
     for i in tl.static_range(len(HEADS)):
-        for first in tl.range(0, HEADS[i], BLOCK_H):
-            h = first + tl.arange(0, BLOCK_H)[None, :, None]
+        for first in tl.range(0, HEADS[i], TILE.heads):
+            h = first + tl.arange(0, TILE.heads)[None, :, None]
             live = (n < tokens) & (h < HEADS[i])
             row = _row(n, h, T, strides[i][0], strides[i][1], strides[i][2])
-            x1, x2 = _load_pairs(xs[i] + row, live, D, BLOCK_C, INTERLEAVED)
-            if ROTATE and not NORM_FIRST:
+            x1, x2 = _load_pairs(xs[i] + row, live, D, TILE.pairs, MODES.interleaved)
+            if ROTATE and not MODES.norm_first:
                 x1, x2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
             out = n.to(tl.int64) * HEADS[i] + h
-            if NORM:
+            if len(rstds) > 0:
                 rstd = tl.rsqrt(_mean(x1 * x1 + x2 * x2, D) + EPS)
                 x1, x2 = x1 * rstd, x2 * rstd
                 tl.store(rstds[i] + out, rstd, live)
             if weights[i] is not None:
-                w1, w2 = _load_pairs(weights[i], True, D, BLOCK_C, INTERLEAVED)
+                w1, w2 = _load_pairs(weights[i], True, D, TILE.pairs, MODES.interleaved)
                 x1, x2 = x1 * w1, x2 * w2
-            if ROTATE and NORM_FIRST:
+            if ROTATE and MODES.norm_first:
                 x1, x2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
-            _store_pairs(ys[i] + out * D, x1, x2, live, D, BLOCK_C, INTERLEAVED)
+            _store_pairs(ys[i] + out * D, x1, x2, live, D, TILE.pairs, MODES.interleaved)
 
 
 @triton.jit(do_not_specialize=["T", "tokens", "per_program"])
@@ -201,26 +194,23 @@ def _bwd(
     per_program,
     HEADS: tl.constexpr,
     D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    ROTATE: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    CONJUGATE: tl.constexpr,
-    NORM_FIRST: tl.constexpr,
-    TOGETHER: tl.constexpr,
+    TILE: tl.constexpr,
+    MODES: tl.constexpr,
 ):
     pid = tl.program_id(0)
     begin = pid * per_program
-    zero = tl.zeros((BLOCK_T, BLOCK_H, BLOCK_C), rstds[0].dtype.element_ty)
+    zero = tl.zeros(TILE, rstds[0].dtype.element_ty)
+    # With a weight, q and k in turn: two sums of dw would not fit the registers.
+    TOGETHER: tl.constexpr = 2 if weights[0] is None and weights[1] is None else 1
     for part in tl.static_range(0, 2, TOGETHER):
         dw1, dw2 = zero, zero
-        for token in range(begin, min(begin + per_program, tokens), BLOCK_T):
-            n = token + tl.arange(0, BLOCK_T)[:, None, None]
-            if ROTATE:
-                cos, sin = _angles(tables, table_strides, n, T, tokens, D, BLOCK_C, CONJUGATE)
-            else:
-                cos, sin = 1.0, 0.0
+        for token in range(begin, min(begin + per_program, tokens), TILE.tokens):
+            n = token + tl.arange(0, TILE.tokens)[:, None, None]
+            angles = ()
+            if len(tables) > 0:
+                angles = _angles(
+                    tables, table_strides, n, T, tokens, D, TILE.pairs, MODES.conjugate
+                )
             for i in tl.static_range(part, part + TOGETHER):
                 dw1, dw2 = _bwd_heads(
                     dys[i],
@@ -232,20 +222,16 @@ def _bwd(
                     n,
                     T,
                     tokens,
-                    cos,
-                    sin,
+                    angles,
                     dw1,
                     dw2,
                     HEADS[i],
                     D,
-                    BLOCK_H,
-                    BLOCK_C,
-                    ROTATE,
-                    INTERLEAVED,
-                    NORM_FIRST,
+                    TILE,
+                    MODES,
                 )
         if weights[part] is not None:
-            _store_sum(partials + pid * D, dw1, dw2, D, BLOCK_C, INTERLEAVED)
+            _store_sum(partials + pid * D, dw1, dw2, D, TILE.pairs, MODES.interleaved)
             partials += tl.num_programs(0) * D
 
 
@@ -260,44 +246,43 @@ def _bwd_heads(
     n,
     T,
     tokens,
-    cos,
-    sin,
+    angles,
     dw1,
     dw2,
     HEADS: tl.constexpr,
     D: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    ROTATE: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    NORM_FIRST: tl.constexpr,
+    TILE: tl.constexpr,
+    MODES: tl.constexpr,
 ):
     """Store dx of all heads of the tokens n; return dw with their part added."""
-    for first in tl.range(0, HEADS, BLOCK_H):
-        h = first + tl.arange(0, BLOCK_H)[None, :, None]
+    ROTATE: tl.constexpr = len(angles) > 0
+    if ROTATE:
+        cos, sin = angles
+    for first in tl.range(0, HEADS, TILE.heads):
+        h = first + tl.arange(0, TILE.heads)[None, :, None]
         live = (n < tokens) & (h < HEADS)
         row = _row(n, h, T, strides[0], strides[1], strides[2])
-        g1, g2 = _load_pairs(dys + row, live, D, BLOCK_C, INTERLEAVED)
+        g1, g2 = _load_pairs(dys + row, live, D, TILE.pairs, MODES.interleaved)
         row = _row(n, h, T, strides[3], strides[4], strides[5])
-        n1, n2 = _load_pairs(saved + row, live, D, BLOCK_C, INTERLEAVED)
+        n1, n2 = _load_pairs(saved + row, live, D, TILE.pairs, MODES.interleaved)
         out = n.to(tl.int64) * HEADS + h
         rstd = tl.load(rstds + out, live, other=0)
-        if ROTATE and NORM_FIRST:
+        if ROTATE and MODES.norm_first:
             g1, g2 = g1 * cos + g2 * sin, g2 * cos - g1 * sin
-        if NORM_FIRST or weight is not None:  # saved is x
-            if ROTATE and not NORM_FIRST:
+        if MODES.norm_first or weight is not None:  # saved is x
+            if ROTATE and not MODES.norm_first:
                 n1, n2 = n1 * cos - n2 * sin, n2 * cos + n1 * sin
             n1, n2 = n1 * rstd, n2 * rstd
         if weight is not None:
             dw1 += g1 * n1
             dw2 += g2 * n2
-            w1, w2 = _load_pairs(weight, True, D, BLOCK_C, INTERLEAVED)
+            w1, w2 = _load_pairs(weight, True, D, TILE.pairs, MODES.interleaved)
             g1, g2 = g1 * w1, g2 * w2
         mean = _mean(g1 * n1 + g2 * n2, D)
         d1, d2 = rstd * (g1 - n1 * mean), rstd * (g2 - n2 * mean)
-        if ROTATE and not NORM_FIRST:
+        if ROTATE and not MODES.norm_first:
             d1, d2 = d1 * cos + d2 * sin, d2 * cos - d1 * sin
-        _store_pairs(dxs + out * D, d1, d2, live, D, BLOCK_C, INTERLEAVED)
+        _store_pairs(dxs + out * D, d1, d2, live, D, TILE.pairs, MODES.interleaved)
     return dw1, dw2
 
 
@@ -310,10 +295,10 @@ def _row(n, h, T, sample, token, head):
 
 @triton.jit
 def _angles(
-    tables, strides, n, T, tokens, D: tl.constexpr, BLOCK_C: tl.constexpr, CONJUGATE: tl.constexpr
+    tables, strides, n, T, tokens, D: tl.constexpr, PAIRS: tl.constexpr, CONJUGATE: tl.constexpr
 ):
-    """Return cos and sin [BLOCK_T, 1, BLOCK_C] of the tokens n."""
-    c = tl.arange(0, BLOCK_C)[None, None, :]
+    """Return cos and sin [tokens, 1, PAIRS] of the tokens n."""
+    c = tl.arange(0, PAIRS)[None, None, :]
     at = (n // T).to(tl.int64) * strides[0] + (n % T).to(tl.int64) * strides[1] + c
     live = (n < tokens) & (c < D // 2)
     cos = wide(tl.load(tables[0] + at, live, other=0))
@@ -322,15 +307,15 @@ def _angles(
 
 
 @triton.jit
-def _load_pairs(row, live, D: tl.constexpr, BLOCK_C: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Return the pairs (x1, x2) of rows of D elements, each [.., .., BLOCK_C]."""
+def _load_pairs(row, live, D: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Return the pairs (x1, x2) of rows of D elements, each [.., .., PAIRS]."""
     HALF: tl.constexpr = (D + 1) // 2
     if INTERLEAVED:
-        c = tl.arange(0, 2 * BLOCK_C)[None, None, :]
+        c = tl.arange(0, 2 * PAIRS)[None, None, :]
         x = tl.load(row + c, live & (c < D), other=0)
-        x1, x2 = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], BLOCK_C, 2)))
+        x1, x2 = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], PAIRS, 2)))
     else:
-        c = tl.arange(0, BLOCK_C)[None, None, :]
+        c = tl.arange(0, PAIRS)[None, None, :]
         x1 = tl.load(row + c, live & (c < HALF), other=0)
         x2 = tl.load(row + HALF + c, live & (c < D - HALF), other=0)
     return wide(x1), wide(x2)
@@ -338,26 +323,26 @@ def _load_pairs(row, live, D: tl.constexpr, BLOCK_C: tl.constexpr, INTERLEAVED: 
 
 @triton.jit
 def _store_pairs(
-    row, x1, x2, live, D: tl.constexpr, BLOCK_C: tl.constexpr, INTERLEAVED: tl.constexpr
+    row, x1, x2, live, D: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr
 ):
     HALF: tl.constexpr = (D + 1) // 2
     dtype: tl.constexpr = row.dtype.element_ty
     if INTERLEAVED:
-        c = tl.arange(0, 2 * BLOCK_C)[None, None, :]
-        x = tl.reshape(tl.join(x1, x2), (x1.shape[0], x1.shape[1], 2 * BLOCK_C))
+        c = tl.arange(0, 2 * PAIRS)[None, None, :]
+        x = tl.reshape(tl.join(x1, x2), (x1.shape[0], x1.shape[1], 2 * PAIRS))
         tl.store(row + c, x.to(dtype), live & (c < D))
     else:
-        c = tl.arange(0, BLOCK_C)[None, None, :]
+        c = tl.arange(0, PAIRS)[None, None, :]
         tl.store(row + c, x1.to(dtype), live & (c < HALF))
         tl.store(row + HALF + c, x2.to(dtype), live & (c < D - HALF))
 
 
 @triton.jit
-def _store_sum(row, x1, x2, D: tl.constexpr, BLOCK_C: tl.constexpr, INTERLEAVED: tl.constexpr):
+def _store_sum(row, x1, x2, D: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
     """Store the sum over tokens and heads."""
     x1 = tl.sum(tl.sum(x1, 1, keep_dims=True), 0, keep_dims=True)
     x2 = tl.sum(tl.sum(x2, 1, keep_dims=True), 0, keep_dims=True)
-    _store_pairs(row, x1, x2, True, D, BLOCK_C, INTERLEAVED)
+    _store_pairs(row, x1, x2, True, D, PAIRS, INTERLEAVED)
 
 
 @triton.jit

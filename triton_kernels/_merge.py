@@ -4,7 +4,8 @@
     dz = rstd * (g - n * mean_d(g * n))    g = dy * weight     dweight = sum dy * n
 
 A program owns consecutive rows of N = B * T and processes a tile [rows, D] at a time. It reads the
-parameter vectors once, into registers, not once per row.
+parameter vectors once, into registers, not once per row. Preconditions: contiguous tensors; the
+launchers copy others.
 """
 
 import triton

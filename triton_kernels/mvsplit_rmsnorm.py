@@ -18,7 +18,11 @@ Bytes, in passes: at least 3 forward and 5 backward. These kernels, in two sweep
               (_bwd_apply 3 read with a weight: n is computed from x and f)
 
 The second sweep goes from the last sample to the first, because L2 still holds the last ones from
-the first sweep. Partial rows are added in a fixed order, without float atomics.
+the first sweep.
+
+Launch: _apply and _bwd_reduce by rows as in _merge.py, the others by columns; a program works
+on one segment. Preconditions: contiguous tensors; the launchers copy others.
+Deterministic: partial rows are added in a fixed order, without float atomics.
 """
 
 from collections.abc import Sequence
@@ -91,7 +95,7 @@ def mvsplit_rmsnorm_fwd(
     programs = B * S * ceil_div(D, MEANS["COLUMNS"])
     means = x, f, alpha, beta, input_jx, new_jx, jf, shift, tickets
     launch(_means, programs, x, *means, ends, T, D=D, **MEANS)
-    tensors = x, f, beta, shift, weight, y, rstd, partials, tickets, jy
+    tensors = x, f, beta, shift, weight, y, rstd, (partials, tickets, jy)
     launch(_apply, B * count, x, *tensors, ends, T, share, count, EPS=eps, **choose_tile(D))
     return y, jy, rstd, new_jx, jf
 
@@ -121,7 +125,7 @@ def mvsplit_rmsnorm_bwd(
     parts = new_statistics(dy, params, B * S, D)
     dx, df = new_empty(dy, dy.shape), new_empty(dy, dy.shape)
     dparams = [new_statistics(dy, D) for _ in range(params)]
-    tensors = dy, saved, f, alpha, beta, weight, rstd, jx, jf, mean
+    tensors = dy, saved, f, (alpha, beta, weight), (rstd, jx, jf, mean)
     tile = choose_tile(D, "plain" if weight is None else "weighted backward")
     launch(_bwd_reduce, B * count, dy, *tensors, partials, ends, T, share, count, **tile)
     programs = B * S * ceil_div(D, REDUCE["COLUMNS"])
@@ -130,7 +134,7 @@ def mvsplit_rmsnorm_bwd(
     columns = min(APPLY["COLUMNS"], next_power_of_two(D))
     count, tile = count_blocks(segments, APPLY_ROWS), {**APPLY, "COLUMNS": columns}
     programs = ceil_div(D, columns) * (1 + B * count)
-    others = jdz, parts, dx, df, tuple(dparams), ends, B, T, APPLY_ROWS, count
+    others = jdz, parts, (dx, df, tuple(dparams)), ends, B, T, APPLY_ROWS, count
     launch(_bwd_apply, programs, dy, *tensors, *others, D=D, **tile)
     return dx, df, *dparams, *([] if weight is not None else [new_statistics(dy, 0)])
 
@@ -192,9 +196,7 @@ def _apply(
     weight,
     y,
     rstds,
-    partials,
-    tickets,
-    jys,
+    carry,
     ends,
     T,
     share,
@@ -204,6 +206,7 @@ def _apply(
     BLOCK_D: tl.constexpr,
     EPS: tl.constexpr,
 ):
+    partials, tickets, jys = carry
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     b, block = pid // count, pid % count
     segment, begin, end = block_tokens(block, ends, share)
@@ -251,13 +254,8 @@ def _bwd_reduce(
     dy,
     saved,
     f,
-    alpha,
-    beta,
-    weight,
-    rstds,
-    jxs,
-    jfs,
-    means,
+    parameters,
+    statistics,
     partials,
     ends,
     T,
@@ -267,7 +265,9 @@ def _bwd_reduce(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """mean_d(g * n) of each row, and partial rows of dz, dz * (f - jf) and dy * n."""
+    """Store mean_d(g * n) of each row, and partial rows of dz, dz * (f - jf) and dy * n."""
+    alpha, beta, weight = parameters
+    rstds, jxs, jfs, means = statistics
     pid = tl.program_id(0)
     b, block = pid // count, pid % count
     segment, begin, end = block_tokens(block, ends, share)
@@ -342,18 +342,11 @@ def _bwd_apply(
     dy,
     saved,
     f,
-    alpha,
-    beta,
-    weight,
-    rstds,
-    jxs,
-    jfs,
-    means,
+    parameters,
+    statistics,
     jdzs,
     parts,
-    dx,
-    df,
-    dparams,
+    gradients,
     ends,
     B,
     T,
@@ -364,6 +357,9 @@ def _bwd_apply(
     COLUMNS: tl.constexpr,
 ):
     """Store dx and df; the first programs add up the gradients of the parameters instead."""
+    alpha, beta, weight = parameters
+    rstds, jxs, jfs, means = statistics
+    dx, df, dparams = gradients
     slices: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
     pid = tl.program_id(0)
     d = (pid % slices) * COLUMNS + tl.arange(0, COLUMNS)

@@ -3,8 +3,10 @@
     dx = dz    df = scale * dz    dscale = sum dz * f    dweight = sum dy * n
 
 Bytes, in passes: forward 2 read and 1 written. Backward without parameters 2 and 1: n is y, and df
-is dx. Backward with a scale 3 and 2: n is computed from x and f, which dscale needs anyway. A
-second launch adds partial rows of dscale and dweight in a fixed order.
+is dx. Backward with only a weight 3 and 1, with a scale 3 and 2: n is computed from x and f, which
+dscale needs anyway.
+Launch: as in _merge.py; a second launch adds partial rows of dscale and dweight.
+Deterministic: the order of every sum depends only on the shape.
 """
 
 import triton

@@ -5,6 +5,8 @@
 Bytes, in N*F elements: forward 2 read and 1 written, backward 3 and 2, the minimum.
 Launch: a flat grid over the N*F results, so that no width is padded to a power of two; a block may
 hold the end of one row and the beginning of the next.
+Preconditions: rows of contiguous elements, a constant stride apart; the launchers copy others.
+Deterministic: no sums.
 """
 
 import math
