@@ -3,7 +3,8 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn, Protocol
+from types import ModuleType
+from typing import NoReturn
 
 from bench.common import machine, options
 from bench.common.accuracy import Inaccurate
@@ -11,19 +12,8 @@ from bench.measure import profile, run_all, sweep, train_step
 from bench.report import write
 from bench.static import kernel_resources, predict, traffic
 
-
-class Command(Protocol):
-    """A module: its docstring describes the command."""
-
-    __doc__: str | None
-
-    def add_options(self, parser: argparse.ArgumentParser) -> None: ...
-
-    def run_command(self, args: argparse.Namespace) -> int | None: ...
-
-
-# name: (module, summary)
-COMMANDS: dict[str, tuple[Command, str]] = {
+# name: (module with add_options and run_command, whose docstring is the description; summary)
+COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "profile": (profile, "the paper's operator profile on this machine"),
     "ops": (sweep, "a sweep of every operator over shapes, compared with every peer"),
     "step": (train_step, "whole optimizer steps: breakdown, backends and policies compared"),
@@ -73,12 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.check_writable(getattr(args, "json", None))
         return args.run(args) or 0
     except (ValueError, RuntimeError, Inaccurate) as error:
-        print(f"python -m bench {args.command}: {error}", file=sys.stderr)
-        return 2
+        message, code = str(error), 2
     except KeyboardInterrupt:
-        message = "interrupted; the records written so far are saved"
-        print(f"python -m bench {args.command}: {message}", file=sys.stderr)
-        return 130
+        message, code = "interrupted; the records written so far are saved", 130
+    print(f"python -m bench {args.command}: {message}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

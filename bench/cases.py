@@ -191,6 +191,7 @@ CASES = (
          _passes(3), _passes(5), per_block=2, profiled=False),
 )  # fmt: skip
 PROFILE = tuple(case for case in CASES if case.profiled)
+CASES_BY_OP = {case.op: case for case in CASES}
 
 # arXiv 2605.06169: operators per optimizer step, eager and its fused kernels, 400 blocks on 8 H100.
 PAPER_MS = {"eager": 1697.4, "fused": 614.0}

@@ -1,16 +1,13 @@
 """The accuracy rule, applied by the tests and before every timing."""
 
-from collections.abc import Callable
+import functools
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from bench.cases import Case, Function, Inputs, Kwargs, Results, Tensors, generator_on
-
-Calls = tuple[
-    Callable[[], Results], Callable[[Results], Results]
-]  # forward, backward of its results
+from bench.common.timing import CallPair
 
 
 class Inaccurate(AssertionError):
@@ -41,7 +38,7 @@ def require_accurate(
 
 
 def results_and_gradients(
-    function: Function, activations: Tensors, constants: Tensors, kwargs: Kwargs, seed: int = 0
+    function: Function, activations: Tensors, constants: Tensors, kwargs: Kwargs
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return the results of a call and the gradients of its activations.
 
@@ -49,8 +46,7 @@ def results_and_gradients(
     """
     leaves = [t.detach().requires_grad_() for t in activations]
     outputs = function(leaves, constants, kwargs)
-    generator = generator_on(outputs[0].device, seed)
-    torch.autograd.backward(outputs, [cotangent(t, generator) for t in outputs])
+    torch.autograd.backward(outputs, make_cotangents(outputs, seed=0))
     return [t.detach() for t in outputs], cast("list[Tensor]", [t.grad for t in leaves])
 
 
@@ -60,30 +56,21 @@ def cotangent(t: Tensor, generator: torch.Generator) -> Tensor:
     return torch.empty_like(t).copy_(values)
 
 
-def make_cotangents(
-    function: Function, activations: Tensors, constants: Tensors, kwargs: Kwargs, seed: int = 1
-) -> list[Tensor]:
+def make_cotangents(outputs: Results, seed: int = 1) -> list[Tensor]:
     """Return a cotangent for each result of a call."""
-    with torch.no_grad():
-        outputs = function(activations, constants, kwargs)
     generator = generator_on(outputs[0].device, seed)
     return [cotangent(t, generator) for t in outputs]
 
 
 def forward_backward(
     function: Function, activations: Tensors, constants: Tensors, kwargs: Kwargs
-) -> Calls:
+) -> CallPair:
     """Return the (forward, backward) calls of an implementation that are timed."""
     leaves = [t.detach().requires_grad_() for t in activations]
-    cotangents = make_cotangents(function, activations, constants, kwargs)
-
-    def forward() -> Results:
-        return function(leaves, constants, kwargs)
-
-    def backward(outputs: Results) -> Results:
-        return torch.autograd.grad(outputs, leaves, cotangents)
-
-    return forward, backward
+    with torch.no_grad():
+        cotangents = make_cotangents(function(activations, constants, kwargs))
+    forward = functools.partial(function, leaves, constants, kwargs)
+    return forward, lambda outputs: torch.autograd.grad(outputs, leaves, cotangents)
 
 
 def double(inputs: Inputs) -> Inputs:

@@ -6,27 +6,26 @@ import importlib.metadata
 import platform
 import statistics
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypedDict
 
 import torch
 
 from bench.cases import Shape, is_cuda
 from bench.common import options as opt
 from bench.common import records
-from bench.common.records import Run
+from bench.common.records import ROOT, Record, Run
 from bench.common.timing import Timer
 from mvsplit_ops._check import DTYPES
 
 CPU_COPY_MB, GPU_COPY_MB = 256, 1024
 
 
-class MachineRecord(TypedDict):
-    """What the machine can do at best."""
+@dataclass(frozen=True)
+class MachineRecord(Record):
+    """The machine's peak rates."""
 
-    kind: str
-    run: Run
+    kind = "machine"
     copy_bytes_per_second: float
     matmul_flops_per_second: float
     matmul_dtype: str
@@ -36,7 +35,7 @@ def describe_run(shape: Shape | None = None) -> Run:
     """Return date, commit, software and shape: the fields that every record has."""
     run: Run = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git_commit(),
+        "commit": _output_of(["git", "describe", "--always", "--dirty", "--abbrev=12"], ROOT),
         "torch": torch.__version__,
         "triton": _triton_version(),
         "python": platform.python_version(),
@@ -57,8 +56,11 @@ def describe_machine(device: str | torch.device, backend: str | None = None) -> 
     described: Run = {
         "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
         "threads": torch.get_num_threads(),
-        "instruction_set": None if cuda else _instruction_set(backend),
+        "instruction_set": None,
     }
+    if backend == "cpu" and not cuda:
+        extension = importlib.import_module("mvsplit_ops._C")  # may not be built
+        described["instruction_set"] = extension.capability()
     if cuda:
         described["capability"] = list(torch.cuda.get_device_capability(device))
         described |= _query_nvidia_smi(device)
@@ -96,19 +98,8 @@ def measure(
     copy = measure_copy(device, GPU_COPY_MB if is_cuda(device) else CPU_COPY_MB)
     progress("matrix product", 2)
     rate = measure_matmul(device, dtype)
-    return {
-        "kind": "machine",
-        "run": describe_run() | describe_machine(device),
-        "copy_bytes_per_second": copy,
-        "matmul_flops_per_second": rate,
-        "matmul_dtype": str(dtype).removeprefix("torch."),
-    }
-
-
-def _instruction_set(backend: str | None) -> str | None:
-    if backend != "cpu":
-        return None
-    return importlib.import_module("mvsplit_ops._C").capability()  # may not be built
+    run: Run = describe_run() | describe_machine(device)
+    return MachineRecord(run, copy, rate, str(dtype).removeprefix("torch."))
 
 
 def _query_nvidia_smi(device: str | torch.device) -> Run:
@@ -147,11 +138,6 @@ def _triton_version() -> str | None:
         return None
 
 
-def _git_commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    return _output_of(command, Path(__file__).parent)
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     opt.add_device(parser)
     parser.add_argument(
@@ -164,10 +150,9 @@ def run_command(args: argparse.Namespace) -> None:
     device = opt.select_device(args)
     with opt.show_progress("machine") as progress:
         record = measure(device, DTYPES[args.dtype], progress)
-    if args.json:
-        records.append(record, args.json)
-    copy, rate = record["copy_bytes_per_second"], record["matmul_flops_per_second"]
+    records.append(record.to_json(), args.json)
+    copy, rate = record.copy_bytes_per_second / 1e9, record.matmul_flops_per_second / 1e12
     opt.make_console().print(
-        f"{record['run']['device']}: copies {copy / 1e9:,.1f} GB/s, read and written; multiplies "
-        f"matrices at {rate / 1e12:,.3g} TFLOP/s in {record['matmul_dtype']}"
+        f"{record.run['device']}: copies {copy:,.1f} GB/s, read and written; multiplies matrices "
+        f"at {rate:,.3g} TFLOP/s in {record.matmul_dtype}"
     )

@@ -49,15 +49,17 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     add_count(parser, "--threads", "CPU threads (default: PyTorch's)")
 
 
-def add_ops(parser: argparse.ArgumentParser, cases: Sequence[Case] = CASES) -> None:
-    ops = [case.op for case in cases]
+def add_ops(parser: argparse.ArgumentParser) -> None:
+    add_choices(parser, "--op", [case.op for case in CASES], "measure only these operators", "OP")
+
+
+def add_choices(
+    parser: argparse.ArgumentParser, name: str, choices: Sequence, help: str, metavar: str
+) -> None:
+    """Add an option that takes one or more of the choices; by default all of them."""
+    help = f"{help}, of {', '.join(map(str, choices))}"
     parser.add_argument(
-        "--op",
-        nargs="+",
-        choices=ops,
-        default=ops,
-        metavar="OP",
-        help=f"measure only these operators, of {', '.join(ops)}",
+        name, nargs="+", choices=choices, default=choices, metavar=metavar, help=help
     )
 
 
@@ -67,9 +69,9 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def chosen_cases(ops: Sequence[str], cases: Sequence[Case] = CASES) -> list[Case]:
+def chosen_cases(ops: Sequence[str]) -> list[Case]:
     """Return the cases of --op."""
-    return [case for case in cases if case.op in ops]
+    return [case for case in CASES if case.op in ops]
 
 
 def chosen_shape(args: argparse.Namespace, device: str) -> Shape:

@@ -7,8 +7,10 @@ at all, as soon as its measurement is done: an interrupted run leaves a file tha
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from types import UnionType
+from typing import Any, ClassVar, TypedDict, TypeVar, get_args, get_origin, get_type_hints
 
 ROOT = Path(__file__).parent.parent.parent  # of the checkout
 RESULTS = ROOT / "bench" / "results"
@@ -39,11 +41,45 @@ class Run(TypedDict, total=False):
     cuda_compiler: str | None  # name and version
 
 
-def append(record: Mapping[str, Any], path: Path) -> None:
-    """Append a record to a file."""
+AnyRecord = TypeVar("AnyRecord", bound="Record")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record; subclasses add its keys as fields: tuples, lists, dicts, dataclasses."""
+
+    kind: ClassVar[str]
+    run: Run
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, **asdict(self)}
+
+    @classmethod
+    def from_json(cls: type[AnyRecord], record: Mapping[str, Any]) -> AnyRecord:
+        return _parse(cls, {name: value for name, value in record.items() if name != "kind"})
+
+
+def _parse(expected: Any, value: Any) -> Any:
+    """Return JSON data as the expected type; its numbers and strings are not checked."""
+    if isinstance(expected, type) and is_dataclass(expected):
+        hints = get_type_hints(expected)
+        return expected(**{name: _parse(hints.get(name), v) for name, v in dict(value).items()})
+    origin, args = get_origin(expected), get_args(expected)
+    if origin is list:
+        return [_parse(args[0], v) for v in value]
+    if origin is dict:
+        return {args[0](key): _parse(args[1], v) for key, v in value.items()}
+    if origin is UnionType and value is not None:
+        return _parse(args[0], value)
+    return tuple(value) if origin is tuple else value
+
+
+def append(record: Mapping[str, Any], path: Path | None) -> None:
+    """Append a record to the file of --json, if there is one."""
+    if path is None:
+        return
     line = json.dumps(record, allow_nan=False) + "\n"
-    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
-    file = os.open(path, flags, 0o644)
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         size = os.fstat(file).st_size
         if size and os.pread(file, 1, size - 1) != b"\n":  # an editor, or a full disk
@@ -82,8 +118,7 @@ def read_folder(folder: Path | str = RESULTS, kind: str | None = None) -> list[d
     """Return every record of a folder's *.jsonl by date, or only those of one kind."""
     folder = Path(folder)
     if not folder.is_dir():
-        names = _names(folder.parent, folders=True)
-        raise ValueError(f"no folder {folder}; {folder.parent} has: {names}")
+        raise ValueError(f"no folder {folder}; {folder.parent} has: {_names(folder.parent)}")
     every = [r for path in sorted(folder.glob("*.jsonl")) for r in read(path)]
     return sorted((r for r in every if kind in (None, r["kind"])), key=lambda r: r["run"]["date"])
 
@@ -97,10 +132,7 @@ def measurement_key(record: Mapping[str, Any]) -> str:
     return json.dumps([run, *(record.get(name) for name in ("kind", "op", "matmul_dtype"))])
 
 
-def _names(folder: Path, folders: bool = False) -> str:
-    if not folder.is_dir():
-        return "nothing, it does not exist"
-    names = sorted(
-        p.name for p in folder.iterdir() if (p.is_dir() if folders else p.suffix == ".jsonl")
-    )
-    return ", ".join(names) or "none"
+def _names(folder: Path) -> str:
+    """Return the names of a folder's records and folders."""
+    names = sorted(p.name for p in folder.glob("*") if p.is_dir() or p.suffix == ".jsonl")
+    return ", ".join(names) or "neither folders nor records"

@@ -17,6 +17,7 @@ _MOST_SETS = 32  # sets of inputs in one captured graph
 
 Result = TypeVar("Result")
 Name = TypeVar("Name", bound=Hashable)
+Seconds = tuple[float, float, float]  # forward, backward, both
 CallPair = tuple[Callable[[], Any], Callable[[Any], Any]]  # backward takes what forward returns
 
 
@@ -44,31 +45,26 @@ class Timer:
 
 def time_interleaved(
     calls: Mapping[Name, CallPair], repeats: int, timer: Timer
-) -> dict[Name, tuple[float, float]]:
-    """Return the median (forward, backward) seconds of each of {name: calls}; see time_turns."""
-    return {
-        name: (statistics.median(f for f, _ in turns), statistics.median(b for _, b in turns))
-        for name, turns in time_turns(calls, repeats, timer).items()
-    }
-
-
-def time_turns(
-    calls: Mapping[Name, CallPair], repeats: int, timer: Timer
-) -> dict[Name, list[tuple[float, float]]]:
-    """Return {name: (forward, backward) seconds of each turn}.
+) -> dict[Name, Seconds]:
+    """Return {name: median seconds of forward, backward and both} of {name: calls}.
 
     The implementations take turns, so that a slow moment of the machine affects all of them alike.
     The first fifth of the turns warms up and does not count.
     """
-    seconds: dict[Name, list[tuple[float, float]]] = {name: [] for name in calls}
+    turns: dict[Name, list[Seconds]] = {name: [] for name in calls}
     warmup = max(1, repeats // 5)
     for repeat in range(warmup + repeats):
         for name, (forward, backward) in calls.items():
             forward_s, result = timer(forward)
             backward_s, _ = timer(lambda b=backward, r=result: b(r))  # type: ignore[misc]
             if repeat >= warmup:
-                seconds[name].append((forward_s, backward_s))
-    return seconds
+                turns[name].append((forward_s, backward_s, forward_s + backward_s))
+    return {name: _medians(seconds) for name, seconds in turns.items()}
+
+
+def _medians(seconds: Sequence[Seconds]) -> Seconds:
+    forward, backward, total = map(statistics.median, zip(*seconds, strict=True))
+    return forward, backward, total
 
 
 def make_profiler(device: str | torch.device) -> torch.profiler.profile:

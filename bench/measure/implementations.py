@@ -17,7 +17,8 @@ import importlib.util
 import inspect
 import re
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from bench.cases import Case, Function, Kwargs, Operator, Results, Tensors, is_cuda
+from bench.cases import Case, Function, Operator, Results, in_order, is_cuda
 from mvsplit_ops import _backends, reference
 
 IMPLEMENTATIONS = ("eager", "compile", "cpu", "triton", "cuda", "liger", "quack", "published")
@@ -62,14 +63,9 @@ def load_function(name: str, case: Case, device: str, published: Path | None = N
         return torch.compile(case.reference, fullgraph=True)
     if name in _backends.BACKENDS:
         return case.fused(name)
-    if reason := lacking_reason(name, case) or _not_installed(name, case, published):
+    if reason := lacking_reason(name, case) or _not_installed(name, published):
         raise RuntimeError(f"{case.op}: '{name}' cannot run on {device}: {reason}")
-    op = PEERS[name][case.op](published)
-
-    def call(activations: Tensors, constants: Tensors, kwargs: Kwargs) -> Results:
-        return op(*activations, *constants, **kwargs)
-
-    return call
+    return replace(case, call=in_order).function(LOADERS[name](published)[case.op])
 
 
 def missing_reason(
@@ -88,7 +84,7 @@ def missing_reason(
         return f"it needs a CUDA device: on {device_type} there is nothing to time"
     if name in _backends.BACKENDS:  # the merge that carries the mean uses the same kernels
         return _backends.find_missing(name, case.op.removesuffix("_with_mean"), device_type)
-    return _not_installed(name, case, published) if name in PEERS else None
+    return _not_installed(name, published) if name in PEERS else None
 
 
 def lacking_reason(name: str, case: Case, segments: Sequence[int] | None = None) -> str | None:
@@ -105,26 +101,29 @@ def lacking_reason(name: str, case: Case, segments: Sequence[int] | None = None)
     return None
 
 
-def _not_installed(name: str, case: Case, published: Path | None) -> str | None:
+def _not_installed(name: str, published: Path | None) -> str | None:
     if name == "published":
-        return _no_checkout(published) or _import_error(name, case, published, "triton")
-    package, oldest = PACKAGES[name]
-    requirement = f"'{package}>={oldest}'"
+        requirement, reason = "triton", _no_checkout(published)
+    else:
+        package, oldest = PACKAGES[name]
+        requirement, reason = f"'{package}>={oldest}'", _no_package(package, oldest)
+    if reason:
+        return reason
     try:
-        version = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return f"{package} is not installed; run pip install {requirement}"
-    if _numbers(version) < _numbers(oldest):
-        return f"{package} {version} is older than {oldest}; run pip install {requirement}"
-    return _import_error(name, case, published, requirement)
-
-
-def _import_error(name: str, case: Case, published: Path | None, requirement: str) -> str | None:
-    try:
-        PEERS[name][case.op](published)
+        LOADERS[name](published)
     except (ImportError, AttributeError, OSError, RuntimeError) as error:  # or of its imports
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         return f"it cannot be imported ({reason}); run pip install {requirement}"
+    return None
+
+
+def _no_package(package: str, oldest: str) -> str | None:
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return f"{package} is not installed; run pip install '{package}>={oldest}'"
+    if _numbers(version) < _numbers(oldest):
+        return f"{package} {version} is older than {oldest}; run pip install '{package}>={oldest}'"
     return None
 
 
@@ -153,12 +152,12 @@ def _by_heads(t: Tensor) -> Tensor:
     return t.transpose(1, 2)
 
 
-# A peer's operator is a function that imports it: folder of the published checkout -> operator.
-Loader = Callable[[Path | None], Operator]
-
-
-def _liger_rope(_: Path | None) -> Operator:
-    from liger_kernel.ops import LigerRopeFunction
+def _load_liger(_: Path | None) -> dict[str, Operator]:
+    from liger_kernel.ops import (
+        LigerFusedGateUpSiLUMulFunction,
+        LigerRMSNormFunction,
+        LigerRopeFunction,
+    )
 
     def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Results:
         # It rotates q and k in place, unknown to autograd: a caller that needs them again copies
@@ -167,112 +166,68 @@ def _liger_rope(_: Path | None) -> Operator:
         width = q.shape[-1]  # its default expects tables twice as wide
         return tuple(map(_by_heads, LigerRopeFunction.apply(q, k, cos, sin, None, 1, width)))
 
-    return rope
+    def qk_norm(q: Tensor, k: Tensor) -> Results:  # its dx overwrites dy
+        return tuple(LigerRMSNormFunction.apply(t, None, HEAD_EPS) for t in (q, k))
+
+    def swiglu(x: Tensor) -> Tensor:  # flat: the gradient is (rows, 2 F) for x of any shape
+        return LigerFusedGateUpSiLUMulFunction.apply(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+    return {**_rope_and_norm(rope, qk_norm), "swiglu": swiglu}
 
 
-def _liger_qk_norm(_: Path | None) -> Operator:
-    from liger_kernel.ops import LigerRMSNormFunction as Norm
-
-    # Its default: dx overwrites dy.
-    return lambda q, k, eps=HEAD_EPS: tuple(Norm.apply(t, None, eps) for t in (q, k))
-
-
-def _liger_swiglu(_: Path | None) -> Operator:
-    from liger_kernel.ops import LigerFusedGateUpSiLUMulFunction
-
-    def swiglu(x: Tensor) -> Results:  # flat: the gradient is (rows, 2 F) for x of any shape
-        y = LigerFusedGateUpSiLUMulFunction.apply(x.flatten(0, 1))
-        return (y.unflatten(0, x.shape[:2]),)
-
-    return swiglu
-
-
-def _quack_rope(_: Path | None) -> Operator:
+def _load_quack(_: Path | None) -> dict[str, Operator]:
+    from quack import rmsnorm
     from quack.rotary import apply_rotary_emb
 
-    return lambda q, k, cos, sin: tuple(apply_rotary_emb(t, cos, sin) for t in (q, k))
+    def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Results:
+        return tuple(apply_rotary_emb(t, cos, sin) for t in (q, k))
+
+    def qk_norm(q: Tensor, k: Tensor) -> Results:
+        return tuple(rmsnorm(t, eps=HEAD_EPS) for t in (q, k))
+
+    return _rope_and_norm(rope, qk_norm)
 
 
-def _quack_qk_norm(_: Path | None) -> Operator:
-    from quack import rmsnorm
+def _rope_and_norm(rope: Operator, qk_norm: Operator) -> dict[str, Operator]:
+    """Return both operators of a library, and rope_qk_norm as a call of each."""
 
-    return lambda q, k, eps=HEAD_EPS: tuple(rmsnorm(t, eps=eps) for t in (q, k))
+    def rope_qk_norm(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Results:
+        return qk_norm(*rope(q, k, cos, sin))
 
-
-def _rope_then_norm(load_rope: Loader, load_qk_norm: Loader) -> Loader:
-    """Return rope_qk_norm of a library that has two separate operators."""
-
-    def load(folder: Path | None) -> Operator:
-        rope, qk_norm = load_rope(folder), load_qk_norm(folder)
-        return lambda q, k, cos, sin, **kwargs: qk_norm(*rope(q, k, cos, sin), **kwargs)
-
-    return load
+    return {"rope": rope, "qk_norm": qk_norm, "rope_qk_norm": rope_qk_norm}
 
 
-def _published_rope(folder: Path | None) -> Operator:
-    fast_rope_embedding = _published_module(folder, "rope").fast_rope_embedding
+def _load_published(folder: Path | None) -> dict[str, Operator]:
+    rotate = _published_module(folder, "rope").fast_rope_embedding
+    norm = _published_module(folder, "rmsnorm").fused_qk_norm
+    swiglu = _published_module(folder, "swiglu").fast_swiglu_packed
+    merge = _published_module(folder, "fused_mvsplit_rmsnorm").fused_mvsplit_rmsnorm
 
     def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Results:
-        rotated = fast_rope_embedding(_by_heads(q), _by_heads(k), cos, _negated(sin))
-        return tuple(map(_by_heads, rotated))
+        return tuple(map(_by_heads, rotate(_by_heads(q), _by_heads(k), cos, _negated(sin))))
 
-    return rope
+    def qk_norm(q: Tensor, k: Tensor) -> Results:
+        return norm(q, k, HEAD_EPS)
 
-
-def _published_qk_norm(folder: Path | None) -> Operator:
-    fused_qk_norm = _published_module(folder, "rmsnorm").fused_qk_norm
-    return lambda q, k, eps=HEAD_EPS: fused_qk_norm(q, k, eps)
-
-
-def _published_rope_qk_norm(folder: Path | None) -> Operator:
-    rope, qk_norm = _published_rope(folder), _published_qk_norm(folder)
-
-    def rope_qk_norm(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **kwargs: Any) -> Results:
+    def rope_qk_norm(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Results:
         # The norm's kernels need the layout of RoPE's results, contiguous (B, H, T, Dh). Its
         # backward copies a gradient that is not.
-        return tuple(map(_by_heads, qk_norm(*map(_by_heads, rope(q, k, cos, sin)), **kwargs)))
+        return tuple(map(_by_heads, qk_norm(*map(_by_heads, rope(q, k, cos, sin)))))
 
-    return rope_qk_norm
-
-
-def _published_swiglu(folder: Path | None) -> Operator:
-    fast_swiglu_packed = _published_module(folder, "swiglu").fast_swiglu_packed
-    return lambda x: (fast_swiglu_packed(x),)
-
-
-def _published_mvsplit_rmsnorm(folder: Path | None) -> Operator:
-    fused = _published_module(folder, "fused_mvsplit_rmsnorm").fused_mvsplit_rmsnorm
-
-    def mvsplit_rmsnorm(
-        *tensors: Tensor, segments: Sequence[int] | None = None, eps: float = MERGE_EPS
-    ) -> Results:
-        segments = segments or [tensors[0].shape[1]]
+    def mvsplit_rmsnorm(*tensors: Tensor, segments: Sequence[int]) -> Tensor:
         if len(segments) > 2:
             raise ValueError(f"published: {TWO_SEGMENTS.format(len(segments))}")
-        return (fused(*tensors, eps, segments[0]),)
+        return merge(*tensors, MERGE_EPS, segments[0])
 
-    return mvsplit_rmsnorm
+    operators = (rope, qk_norm, rope_qk_norm, swiglu, mvsplit_rmsnorm)
+    return dict(zip(PEERS["published"], operators, strict=True))
 
 
-PEERS: dict[str, dict[str, Loader]] = {
-    "liger": {
-        "rope": _liger_rope,
-        "qk_norm": _liger_qk_norm,
-        "rope_qk_norm": _rope_then_norm(_liger_rope, _liger_qk_norm),
-        "swiglu": _liger_swiglu,
-    },
-    "quack": {
-        "rope": _quack_rope,
-        "qk_norm": _quack_qk_norm,
-        "rope_qk_norm": _rope_then_norm(_quack_rope, _quack_qk_norm),
-    },
-    "published": {
-        "rope": _published_rope,
-        "qk_norm": _published_qk_norm,
-        "rope_qk_norm": _published_rope_qk_norm,
-        "swiglu": _published_swiglu,
-        "mvsplit_rmsnorm": _published_mvsplit_rmsnorm,
-    },
+LOADERS = {"liger": _load_liger, "quack": _load_quack, "published": _load_published}
+PEERS = {
+    "liger": ("rope", "qk_norm", "rope_qk_norm", "swiglu"),
+    "quack": ("rope", "qk_norm", "rope_qk_norm"),
+    "published": ("rope", "qk_norm", "rope_qk_norm", "swiglu", "mvsplit_rmsnorm"),
 }
 
 # Reasons, where a library has an operator of the kind that cannot be used.

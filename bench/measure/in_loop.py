@@ -11,19 +11,19 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from rich.table import Table
+from rich.console import Console
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
-from bench.cases import CASES, PAPER_NOTE, is_cuda
+from bench.cases import CASES_BY_OP, PAPER_NOTE, is_cuda
 from bench.common import text_tables
 from bench.common.machine import describe_run
 from bench.common.options import ReportProgress, no_progress
-from bench.common.records import Run
+from bench.common.records import Record
 from bench.common.text_tables import Row, format_ratio
 from bench.common.timing import Timer, make_profiler, no_collection, time_interleaved
 from bench.measure import op_ranges
@@ -31,7 +31,6 @@ from bench.measure.op_ranges import CPU_STEPS, FUSED_FROM, Clock, Direction, Ran
 from bench.measure.workload import EAGER, Workload, describe_training, training_headline
 from model.config import preset, recomputed_blocks
 
-TITLES = {case.op: case.title for case in CASES}
 WARMUP = 2  # steps before any is measured
 
 
@@ -53,27 +52,19 @@ class InLoopTiming:
 
 
 @dataclass(frozen=True)
-class InLoop:
+class InLoop(Record):
     """A run, its rows, and the wall-clock of a step.
 
     step_ms  of an implementation, the median without ranges; ranges_ms of the step with them
     """
 
-    run: Run
+    kind = "in_loop"
     rows: list[InLoopTiming]
     step_ms: dict[str, float]
     ranges_ms: dict[str, float]
 
     def total_ms(self, implementation: str) -> float:
         return sum(row.ms for row in self.rows if row.implementation == implementation)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"kind": "in_loop", **asdict(self)}
-
-    @classmethod
-    def from_json(cls, record: dict[str, Any]) -> "InLoop":
-        rows = [InLoopTiming(**row) for row in record["rows"]]
-        return cls(record["run"], rows, record["step_ms"], record["ranges_ms"])
 
     def share(self, ms: float, implementation: str) -> float:
         """Return the share of a step: on a GPU of one without ranges, which do not slow kernels."""
@@ -109,31 +100,28 @@ def measure(
     ranges_ms = {}
     for implementation in implementations:
         progress(f"profiling, {implementation}", steps)
-        last = implementation == implementations[-1]
-        own = tracing if last else Tracing(None, tracing.nvtx)
+        own = tracing if implementation == implementations[-1] else tracing.only_nvtx()
         timings, ranges_ms[implementation] = _measure_ranges(workload, implementation, own)
         rows += timings
     run |= describe_training(name, config, workload.device, implementations, repeats)
     run["blocks"] = config.depth
-    return InLoop(run, rows, {name: 1e3 * s for name, (s, _) in seconds.items()}, ranges_ms)
+    return InLoop(run, rows, {name: 1e3 * s for name, (s, *_) in seconds.items()}, ranges_ms)
 
 
 def _measure_ranges(
     workload: Workload, implementation: str, tracing: Tracing
 ) -> tuple[list[InLoopTiming], float]:
     """Return the rows of a step with ranges, and its milliseconds."""
-    cuda = is_cuda(workload.device)
+    cuda, profile, clock = is_cuda(workload.device), make_profiler(workload.device), Clock()
     if cuda or tracing.file:
-        profile = make_profiler(workload.device)
         span = tracing.with_nvtx(op_ranges.record_function)
         calls, walls = _run_steps(workload, implementation, span, 1, profile)
         tracing.export(profile)
-        if cuda:
-            return _make_rows(implementation, calls, self_times(profile.events())), 1e3 * walls[0]
-    clock = Clock()
-    span = tracing.with_nvtx(clock)
-    calls, walls = _run_steps(workload, implementation, span, CPU_STEPS, clock)
-    return _make_rows(implementation, calls, clock.medians()), 1e3 * statistics.median(walls)
+    if not cuda:
+        span = tracing.with_nvtx(clock)
+        calls, walls = _run_steps(workload, implementation, span, CPU_STEPS, clock)
+    seconds = self_times(profile.events()) if cuda else clock.medians()
+    return _make_rows(implementation, calls, seconds), 1e3 * statistics.median(walls)
 
 
 def _run_steps(
@@ -188,18 +176,12 @@ def _make_rows(
         names = {**dict.fromkeys(FUSED_FROM, "rope_qk_norm"), **names}
         for direction in ("fwd", "bwd"):  # between the two: casts of the inputs of RoPE
             ms["rope", direction] += ms["rope_qk_norm", direction]
-    return [
-        InLoopTiming(
-            op=op,
-            title=TITLES[op],
-            implementation=implementation,
-            forward_calls=calls[counted, "fwd"],
-            backward_calls=calls[counted, "bwd"],
-            forward_ms=ms[op, "fwd"],
-            backward_ms=ms[op, "bwd"],
-        )
-        for op, counted in names.items()
-    ]
+    rows = []
+    for op, counted in names.items():
+        title, times = CASES_BY_OP[op].title, (ms[op, "fwd"], ms[op, "bwd"])
+        counts = calls[counted, "fwd"], calls[counted, "bwd"]
+        rows.append(InLoopTiming(op, title, implementation, *counts, *times))
+    return rows
 
 
 IN_LOOP_COLUMNS = (
@@ -237,7 +219,7 @@ def format_notes(result: InLoop) -> tuple[str, ...]:
     )
 
 
-def build_table(result: InLoop) -> Table:
+def print_table(result: InLoop, console: Console) -> None:
     rows, notes = format_rows(result), format_notes(result)
     title = "Operators within whole training steps"
-    return text_tables.build_table(title, IN_LOOP_COLUMNS, rows, notes)
+    console.print(text_tables.build_table(title, IN_LOOP_COLUMNS, rows, notes))

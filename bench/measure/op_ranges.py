@@ -14,7 +14,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -123,19 +123,6 @@ class Clock:
             self._inside[-1] += elapsed
 
 
-def combine_spans(*spans: Span) -> Span:
-    """Return a span that enters all of them."""
-
-    @contextlib.contextmanager
-    def combined(range_: Range) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for span in spans:
-                stack.enter_context(span(range_))
-            yield
-
-    return combined
-
-
 @dataclass(frozen=True)
 class Tracing:
     """The options --trace, a file for a Chrome trace of one step, and --nvtx, NVTX ranges."""
@@ -152,7 +139,17 @@ class Tracing:
         return cls(args.trace, args.nvtx)
 
     def with_nvtx(self, span: Span) -> Span:
-        return combine_spans(span, annotate_nvtx) if self.nvtx else span
+        """Return a span that enters the given one and, for --nvtx, an NVTX range in it."""
+
+        @contextlib.contextmanager
+        def annotated(range_: Range) -> Iterator[None]:
+            with span(range_), annotate_nvtx(range_):
+                yield
+
+        return annotated if self.nvtx else span
+
+    def only_nvtx(self) -> "Tracing":
+        return replace(self, file=None)
 
     def export(self, profile: torch.profiler.profile) -> None:
         if self.file:

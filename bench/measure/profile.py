@@ -6,7 +6,7 @@ bandwidth.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,14 +18,14 @@ from bench.common import options as opt
 from bench.common import records, text_tables
 from bench.common.accuracy import Judge, forward_backward
 from bench.common.machine import describe_machine, describe_run, measure_copy
-from bench.common.options import ReportProgress, no_progress
-from bench.common.records import Run
-from bench.common.timing import Timer, time_interleaved
+from bench.common.timing import CallPair, Timer, time_interleaved
 from bench.measure import in_loop, op_ranges, workload
+from bench.measure.workload import EAGER
 from model.train.heap import keep_freed_memory
 from mvsplit_ops import _backends
 
 PROFILED = ("eager", "compile", "fused")
+STEP_OPTIONS = ("preset", "set", "trace", "nvtx")
 
 
 @dataclass(frozen=True)
@@ -57,27 +57,20 @@ class OperatorTiming:
 
 
 @dataclass(frozen=True)
-class Profile:
+class Profile(records.Record):
     """A run of the profile and its rows."""
 
-    run: Run
+    kind = "profile"
     copy_bytes_per_second: float
     rows: list[OperatorTiming]
 
-    def total(self, value: Callable[[OperatorTiming], float]) -> float:
-        """Return the sum over the operators, with RoPE + QK-Norm instead of its two parts."""
-        return sum(value(row) for row in self.rows if row.part_of is None)
+    @property
+    def total_rows(self) -> list[OperatorTiming]:
+        """The operators of the total: RoPE + QK-Norm instead of its two parts."""
+        return [row for row in self.rows if row.part_of is None]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, record: dict[str, Any]) -> "Profile":
-        rows = []
-        for row in record["rows"]:
-            seconds = {name: tuple(pair) for name, pair in row["seconds"].items()}
-            rows.append(OperatorTiming(**{**row, "bytes": tuple(row["bytes"]), "seconds": seconds}))
-        return cls(record["run"], record["copy_bytes_per_second"], rows)
+        return asdict(self)  # without the kind: see records.read
 
 
 def measure(
@@ -85,7 +78,7 @@ def measure(
     blocks: int = 400,
     repeats: int = 30,
     backend: str | None = None,
-    progress: ReportProgress = no_progress,
+    progress: opt.ReportProgress = opt.no_progress,
 ) -> Profile:
     """Measure the profile's operators at a shape.
 
@@ -93,7 +86,9 @@ def measure(
     RuntimeError: the backend cannot run here.
     """
     keep_freed_memory()
-    run, backend = describe_run(shape), _usable_backend(backend, shape.device)
+    run = describe_run(shape)
+    backend = _backends.resolve("profile", backend, torch.empty(0, device=shape.device))
+    workload.require_timeable(backend, shape.device, [case.op for case in PROFILE])
     steps = 2 + 2 * len(PROFILE)
     progress("copy bandwidth", steps)
     bandwidth = [measure_copy(shape.device)]
@@ -102,13 +97,10 @@ def measure(
         progress(f"{case.title}: compiling, checking", steps)
         calls = _checked_calls(case, shape, backend)
         progress(f"{case.title}: timing", steps)
-        seconds = time_interleaved(calls, repeats, Timer(shape.device))
-        counts = calls_per_step(case, blocks)
-        rows.append(
-            OperatorTiming(
-                case.op, case.title, case.part_of, *counts, seconds, case.bytes_to_move(shape)
-            )
-        )
+        medians = time_interleaved(calls, repeats, Timer(shape.device))
+        seconds = {name: (forward, backward) for name, (forward, backward, _) in medians.items()}
+        counts, moved = calls_per_step(case, blocks), case.bytes_to_move(shape)
+        rows.append(OperatorTiming(case.op, case.title, case.part_of, *counts, seconds, moved))
     progress("copy bandwidth", steps)
     bandwidth.append(measure_copy(shape.device))
     run |= describe_machine(shape.device, backend)
@@ -116,22 +108,7 @@ def measure(
     return Profile(run, max(bandwidth), rows)
 
 
-def _usable_backend(backend: str | None, device: str) -> str:
-    """Return the backend to profile; RuntimeError if it lacks an operator."""
-    backend = _backends.resolve("profile", backend, torch.empty(0, device=device))
-    device_type = torch.device(device).type
-    if backend != "reference":
-        for case in PROFILE:
-            _backends.load_kernel(backend, case.op, "_fwd", device_type)
-    if backend == "triton" and device_type == "cpu":
-        raise RuntimeError(
-            "profile: on a CPU Triton interprets its kernels, so there is nothing to time; "
-            "pass --device cuda, or count their bytes with python -m bench traffic"
-        )
-    return backend
-
-
-def _checked_calls(case: Case, shape: Shape, backend: str) -> dict[str, Any]:
+def _checked_calls(case: Case, shape: Shape, backend: str) -> dict[str, CallPair]:
     """Return {implementation: (forward, backward)} after checking every result."""
     inputs = case.example(shape)
     torch.compiler.reset()
@@ -156,24 +133,17 @@ def format_cells(profile: Profile) -> list[tuple[str, ...]]:
     """Return the table of a profile: a row of strings per operator, then the totals."""
     rows = []
     for row in profile.rows:
-        forward, backward = (
-            " / ".join(f"{1e3 * row.seconds[n][i]:.3f}" for n in PROFILED) for i in (0, 1)
-        )
         calls = f"{row.forward_calls} / {row.backward_calls}"
+        seconds = zip(*(row.seconds[name] for name in PROFILED), strict=True)
+        call_ms = (" / ".join(f"{1e3 * s:.3f}" for s in direction) for direction in seconds)
         title = f"({row.title})" if row.part_of else row.title
-        summary = _summary(profile, row.ms_per_step, row.bytes_per_step())
-        rows.append((title, calls, forward, backward, *summary))
-
-    def total_ms(name: str) -> float:
-        return profile.total(lambda row: row.ms_per_step(name))
-
-    summary = _summary(profile, total_ms, profile.total(OperatorTiming.bytes_per_step))
-    return [*rows, ("total, this machine", "", "", "", *summary)]
+        rows.append((title, calls, *call_ms, *_summary(profile, [row])))
+    return [*rows, ("total, this machine", "", "", "", *_summary(profile, profile.total_rows))]
 
 
-def _summary(profile: Profile, ms: Callable[[str], float], moved: float) -> tuple[str, ...]:
-    eager, compiled, fused = map(ms, PROFILED)
-    bytes_per_second = moved / (fused / 1e3)
+def _summary(profile: Profile, rows: Sequence[OperatorTiming]) -> tuple[str, ...]:
+    eager, compiled, fused = (sum(row.ms_per_step(name) for row in rows) for name in PROFILED)
+    bytes_per_second = sum(row.bytes_per_step() for row in rows) / (fused / 1e3)
     share = bytes_per_second / profile.copy_bytes_per_second
     return (
         *(f"{eager:.0f}", f"{compiled:.0f}", f"{fused:.0f}"),
@@ -198,15 +168,12 @@ def format_headline(profile: Profile) -> str:
 
 def format_notes(profile: Profile) -> tuple[str, ...]:
     """Return the notes below the table."""
-
-    def one_call_ms(name: str) -> float:
-        return profile.total(lambda row: row.call_ms(name))
-
-    eager, compiled, fused = map(one_call_ms, PROFILED)
+    eager, compiled, fused = (
+        sum(row.call_ms(name) for row in profile.total_rows) for name in PROFILED
+    )
     return (
         "Rows in brackets are replaced by RoPE + QK-Norm and not in the total. GB/s counts the "
-        "bytes that the mathematics must move; the copy is of 256 MiB, while a call's tensors may "
-        "stay in cache.",
+        "bytes that must move; the copy is of 256 MiB, while a call's tensors may stay in cache.",
         f"One forward and one backward call of each operator, summed: {eager:.2f} ms eager, "
         f"{compiled:.2f} ms torch.compile, {fused:.2f} ms fused: {eager / fused:.2f}x and "
         f"{compiled / fused:.2f}x.",
@@ -216,14 +183,9 @@ def format_notes(profile: Profile) -> tuple[str, ...]:
 
 def print_table(profile: Profile, console: Console) -> None:
     *rows, total = format_cells(profile)
+    title, notes = "Operators per optimizer step", format_notes(profile)
     console.print(format_headline(profile))
-    title = "Operators per optimizer step"
-    console.print(
-        text_tables.build_table(title, PROFILE_COLUMNS, rows, format_notes(profile), total)
-    )
-
-
-CALL_OPTIONS, STEP_OPTIONS = ("batch", "tokens", "dtype"), ("preset", "set", "trace", "nvtx")
+    console.print(text_tables.build_table(title, PROFILE_COLUMNS, rows, notes, total))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -245,46 +207,37 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     loop.add_argument("--in-loop", action="store_true", help="measure within training steps")
     workload.add_preset(loop)
     op_ranges.add_tracing(loop)
-    parser.set_defaults(**dict.fromkeys(CALL_OPTIONS))  # None: not given
+    parser.set_defaults(batch=None, tokens=None, dtype=None)  # None: not given
 
 
 def run_command(args: argparse.Namespace) -> None:
     tracing = op_ranges.Tracing.from_args(args)
     _check_options(args)
     device = opt.select_device(args)
-    console = opt.make_console()
     result: Profile | in_loop.InLoop
     with opt.show_progress("profile") as progress:
         if args.in_loop:
-            result = _measure_in_loop(args, device, tracing, progress)
+            name, overrides = workload.configuration(args, device)
+            overrides = {"checkpointing": "3/4", **overrides}
+            fused = [args.backend] if args.backend else workload.default_backends(device)
+            names, repeats = workload.check_trainable([EAGER, *fused], device), args.repeats or 5
+            result = in_loop.measure(name, overrides, names, repeats, tracing, progress)
         else:
             shape, repeats = opt.chosen_shape(args, device), args.repeats or 30
             result = measure(shape, args.blocks or 400, repeats, args.backend, progress)
-    if args.json:
-        records.append(result.to_json(), args.json)
+    records.append(result.to_json(), args.json)
     if isinstance(result, Profile):
-        print_table(result, console)
+        print_table(result, opt.make_console())
     else:
-        console.print(in_loop.build_table(result))
+        in_loop.print_table(result, opt.make_console())
 
 
 def _check_options(args: argparse.Namespace) -> None:
     """Raise ValueError if an option belongs to the other of the two measurements."""
-    for name in ("tokens", "dtype") if args.in_loop else STEP_OPTIONS:
+    names = ("tokens", "dtype") if args.in_loop else STEP_OPTIONS
+    reason = "applies to training steps only: add --in-loop"
+    if args.in_loop:
+        reason = "is defined by the model: change it with --set"
+    for name in names:
         if getattr(args, name):
-            if args.in_loop:
-                raise ValueError(f"--{name} is defined by the model: change it with --set")
-            raise ValueError(f"--{name} applies to training steps only: add --in-loop")
-
-
-def _measure_in_loop(
-    args: argparse.Namespace,
-    device: str,
-    tracing: op_ranges.Tracing,
-    progress: ReportProgress,
-) -> in_loop.InLoop:
-    name, overrides = workload.configuration(args, device)
-    overrides = {"checkpointing": "3/4", **overrides}
-    fused = [args.backend] if args.backend else workload.default_backends(device)
-    names = workload.check_trainable([workload.EAGER, *fused], device)
-    return in_loop.measure(name, overrides, names, args.repeats or 5, tracing, progress)
+            raise ValueError(f"--{name} {reason}")

@@ -24,7 +24,6 @@ from bench.cases import is_cuda
 from bench.common import options as opt
 from bench.common import records, text_tables
 from bench.common.machine import describe_machine, describe_run
-from bench.common.options import ReportProgress, no_progress
 from bench.common.records import ROOT
 from bench.measure import implementations
 from model.config import preset
@@ -115,7 +114,7 @@ def in_loop_size(device: str) -> tuple[int, str]:
 
 
 def run(
-    steps: Sequence[Step], out: Path, seconds: float, progress: ReportProgress = no_progress
+    steps: Sequence[Step], out: Path, seconds: float, progress: opt.ReportProgress = opt.no_progress
 ) -> Iterator[Outcome]:
     """Run the steps in order; yield an Outcome for each. Time is reserved for the last one."""
     # A shell's background job ignores interrupts, and so would the processes that it starts.

@@ -9,9 +9,8 @@ before it is timed: a wrong one is shown as failing.
 import argparse
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,15 @@ from bench.common import options as opt
 from bench.common import records, text_tables
 from bench.common.accuracy import Inaccurate, Judge, forward_backward, make_cotangents
 from bench.common.machine import describe_machine, describe_run, measure_copy
-from bench.common.options import ReportProgress, no_progress
-from bench.common.records import Run
 from bench.common.text_tables import NOTHING, Row, format_ratio, format_scaled
-from bench.common.timing import Replay, Timer, make_input_sets, make_profiler, time_turns
+from bench.common.timing import (
+    Replay,
+    Seconds,
+    Timer,
+    make_input_sets,
+    make_profiler,
+    time_interleaved,
+)
 from bench.measure import implementations
 from model.train.heap import keep_freed_memory
 from mvsplit_ops import _backends
@@ -37,8 +41,6 @@ FAIL_IF_WRONG = ("eager", *_backends.BACKENDS)  # the command fails for them, no
 HEAD = 128  # Dh of every width, and F is 3 D: the paper's
 BATCHES = {"cpu": (1, 4), "cuda": (8, 26, 64, 128)}
 HOST_CALLS = 50
-
-Seconds = tuple[float, float, float]  # forward, backward, both
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,10 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Point:
+class Point(records.Record):
     """One operator at one shape: {implementation: Column, or why it is wrong or does not run}."""
 
-    run: Run
+    kind = "ops"
     op: str
     title: str
     must_move: tuple[float, float]  # bytes, forward and backward
@@ -68,23 +70,6 @@ class Point:
     columns: dict[str, Column]
     failed: dict[str, str]
     missing: dict[str, str]
-
-    def to_json(self) -> dict[str, Any]:
-        return {"kind": "ops", **asdict(self)}
-
-    @classmethod
-    def from_json(cls, record: dict[str, Any]) -> "Point":
-        columns = {
-            name: Column(
-                tuple(c["seconds"]),
-                c["host_seconds"],
-                c["launches"] and tuple(c["launches"]),
-                c["method"],
-            )
-            for name, c in record["columns"].items()
-        }
-        fields = {k: v for k, v in record.items() if k != "kind"}
-        return cls(**{**fields, "columns": columns, "must_move": tuple(record["must_move"])})
 
     def bytes_per_second(self, name: str) -> float:
         """Return the rate of forward and backward together."""
@@ -97,7 +82,7 @@ def measure(
     names: Sequence[str],
     repeats: int,
     published: Path | None = None,
-    progress: ReportProgress = no_progress,
+    progress: opt.ReportProgress = opt.no_progress,
 ) -> Iterator[Point]:
     """Measure every case at every shape in the named implementations; yield a Point for each."""
     keep_freed_memory()
@@ -106,37 +91,26 @@ def measure(
     copy = measure_copy(shapes[0].device)
     for shape, case in itertools.product(shapes, cases):
         progress(f"{case.title}, B {shape.B}, D {shape.D}", steps)
-        yield _measure_point(case, shape, names, repeats, published, copy)
-
-
-def _measure_point(
-    case: Case,
-    shape: Shape,
-    names: Sequence[str],
-    repeats: int,
-    published: Path | None,
-    copy: float,
-) -> Point:
-    torch.compiler.reset()
-    run, failed, missing, functions = describe_run(shape), {}, {}, {}
-    inputs = case.example(shape)
-    judge = Judge(case, inputs)
-    for name in names:
-        reason = implementations.missing_reason(name, case, shape.device, published, shape.segments)
-        if reason is not None:
-            missing[name] = reason
-            continue
-        function = implementations.load_function(name, case, shape.device, published)
-        if (error := _find_error(judge, name, function)) is None:
-            functions[name] = function
-        else:
-            failed[name] = error
-    del judge  # its float64 results take memory
-    columns = _time_functions(case, shape, functions, inputs, repeats)
-    run |= describe_machine(shape.device, "cpu" if "cpu" in columns else None)
-    run["repeats"] = repeats
-    moved = case.bytes_to_move(shape)
-    return Point(run, case.op, case.title, moved, copy, columns, failed, missing)
+        torch.compiler.reset()
+        run, failed, missing, functions = describe_run(shape), {}, {}, {}
+        inputs, device, segments = case.example(shape), shape.device, shape.segments
+        judge = Judge(case, inputs)
+        for name in names:
+            reason = implementations.missing_reason(name, case, device, published, segments)
+            if reason is not None:
+                missing[name] = reason
+                continue
+            function = implementations.load_function(name, case, device, published)
+            if (error := _find_error(judge, name, function)) is None:
+                functions[name] = function
+            else:
+                failed[name] = error
+        del judge  # its float64 results take memory
+        columns = _time_functions(case, shape, functions, inputs, repeats)
+        run |= describe_machine(device, "cpu" if "cpu" in columns else None)
+        run["repeats"] = repeats
+        moved = case.bytes_to_move(shape)
+        yield Point(run, case.op, case.title, moved, copy, columns, failed, missing)
 
 
 def _find_error(judge: Judge, name: str, function: Function) -> str | None:
@@ -157,18 +131,10 @@ def _time_functions(
     if is_cuda(shape.device):
         return _time_on_gpu(case, shape, functions, repeats)
     calls = {name: forward_backward(f, *inputs) for name, f in functions.items()}
-    turns = time_turns(calls, repeats, Timer(shape.device))
-    host = {name: _time_host(case, shape, f) for name, f in functions.items()}
     return {
-        name: Column(_medians(pairs), host[name], None, "wall clock")
-        for name, pairs in turns.items()
+        name: Column(seconds, _time_host(case, shape, functions[name]), None, "wall clock")
+        for name, seconds in time_interleaved(calls, repeats, Timer(shape.device)).items()
     }
-
-
-def _medians(pairs: Sequence[tuple[float, float]]) -> Seconds:
-    forward, backward = zip(*pairs, strict=True)
-    both = map(sum, pairs)
-    return statistics.median(forward), statistics.median(backward), statistics.median(both)
 
 
 def _time_on_gpu(
@@ -185,14 +151,15 @@ def _time_on_gpu(
         except RuntimeError as error:
             torch.cuda.synchronize()
             reason = str(error).strip().splitlines()[0]
-            seconds = _medians(time_turns({name: call}, repeats, timer)[name])
+            seconds = time_interleaved({name: call}, repeats, timer)[name]
             method = f"events; not captured: {reason}"
         columns[name] = Column(seconds, host, launches, method)
     return columns
 
 
 def _time_replay(function: Function, sets: Sequence[Inputs], repeats: int, timer: Timer) -> Seconds:
-    first = make_cotangents(function, *sets[0])
+    with torch.no_grad():
+        first = make_cotangents(function(*sets[0]))
     replay = Replay(function, sets, [[t.clone() for t in first] for _ in sets])
     kinds = (replay.forward, replay.backward, replay.both)
     for kind in kinds:
@@ -207,14 +174,8 @@ def _time_host(case: Case, shape: Shape, function: Function) -> float:
     """Return the host time of a forward call with autograd, on one sample, a token per segment."""
     smallest = replace(shape, B=1, segments=(1,) * len(shape.segments))
     forward, _ = forward_backward(function, *case.example(smallest))
-    for _ in range(3):
-        forward()
-    seconds = []
-    for _ in range(HOST_CALLS):
-        start = time.perf_counter()
-        forward()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    timer = Timer("cpu")
+    return statistics.median([timer(forward)[0] for _ in range(3 + HOST_CALLS)][3:])
 
 
 def _count_launches(forward: Callable, backward: Callable) -> tuple[int, int]:
@@ -302,14 +263,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     opt.add_device(parser)
     opt.add_ops(parser)
-    parser.add_argument(
-        "--implementation",
-        nargs="+",
-        choices=implementations.IMPLEMENTATIONS,
-        default=implementations.IMPLEMENTATIONS,
-        metavar="NAME",
-        help=f"measure only these, of {', '.join(implementations.IMPLEMENTATIONS)}",
-    )
+    names = implementations.IMPLEMENTATIONS
+    opt.add_choices(parser, "--implementation", names, "measure only these", "NAME")
     implementations.add_published(parser)
     opt.add_count(parser, "--repeats", "timed calls of each implementation", 20)
     opt.add_json(parser)
@@ -328,16 +283,10 @@ def run_command(args: argparse.Namespace) -> None:
         cases = opt.chosen_cases(args.op)
         for point in measure(cases, shapes, args.implementation, args.repeats, published, progress):
             points.append(point)
-            if args.json:
-                records.append(point.to_json(), args.json)
+            records.append(point.to_json(), args.json)
     opt.make_console().print(build_table(points))
-    wrong = [
-        f"{p.op}, {name}: {p.failed[name]}"
-        for p in points
-        for name in FAIL_IF_WRONG
-        if name in p.failed
-    ]
-    if wrong:
+    failed = [(p.op, name, error) for p in points for name, error in p.failed.items()]
+    if wrong := [f"{op}, {name}: {e}" for op, name, e in failed if name in FAIL_IF_WRONG]:
         raise Inaccurate("; ".join(wrong))
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from bench.cases import CASES, Case, Shape
-from bench.common.accuracy import Calls, forward_backward, require_case
+from bench.common.accuracy import forward_backward, require_case
+from bench.common.timing import CallPair
 from bench.measure import implementations
 from model.train.heap import keep_freed_memory
 
@@ -33,7 +34,7 @@ def read_clock() -> float:
 
 
 @functools.cache
-def checked_calls(case: Case, implementation: str) -> Calls:
+def checked_calls(case: Case, implementation: str) -> CallPair:
     """Return (forward, backward) of a case after checking its results and gradients."""
     keep_freed_memory()
     inputs = case.example(REGRESSION_SHAPE)

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,10 +20,8 @@ from bench.cases import is_cuda
 from bench.common import options as opt
 from bench.common import records, text_tables
 from bench.common.machine import describe_run, measure_matmul
-from bench.common.options import ReportProgress, no_progress
-from bench.common.records import Run
 from bench.common.text_tables import NOTHING, Row, format_ratio, format_scaled
-from bench.common.timing import Timer, make_profiler, no_collection, time_interleaved
+from bench.common.timing import Seconds, Timer, make_profiler, no_collection, time_interleaved
 from bench.measure import op_ranges, workload
 from bench.measure.op_ranges import CPU_STEPS, NO_TRACING, Range, Tracing
 from bench.measure.workload import COMPILE, COMPILED, EAGER, Workload, compiles
@@ -61,25 +59,21 @@ class StepTiming:
     peak_bytes: int | None
 
     @property
+    def variant(self) -> Variant:
+        return self.residual, self.implementation, self.checkpointing
+
+    @property
     def step(self) -> float:
         return self.gradients + self.update
 
 
 @dataclass(frozen=True)
-class Steps:
+class Steps(records.Record):
     """A run, its rows, and {variant: the reason why it was not timed}."""
 
-    run: Run
+    kind = "step"
     rows: list[StepTiming]
-    failed: dict[str, str]
-
-    def to_json(self) -> dict[str, Any]:
-        return {"kind": "step", **asdict(self)}
-
-    @classmethod
-    def from_json(cls, record: dict[str, Any]) -> "Steps":
-        rows = [StepTiming(**row) for row in record["rows"]]
-        return cls(record["run"], rows, record.get("failed", {}))
+    failed: dict[str, str] = field(default_factory=dict)  # older records lack it
 
 
 def measure(
@@ -88,7 +82,7 @@ def measure(
     variants: Sequence[Variant],
     repeats: int,
     tracing: Tracing = NO_TRACING,
-    progress: ReportProgress = no_progress,
+    progress: opt.ReportProgress = opt.no_progress,
 ) -> Steps:
     """Time steps of preset `name` in every variant.
 
@@ -118,7 +112,7 @@ def measure(
     rows = []
     for variant in fitting:
         progress(f"splitting up: {', '.join(variant)}", steps)
-        own = tracing if variant == fitting[-1] else Tracing(None, tracing.nvtx)
+        own = tracing if variant == fitting[-1] else tracing.only_nvtx()
         rows.append(_make_row(workloads[variant[0]], variant, seconds[variant], own))
     progress("matrix product", steps)
     names = [implementation for _, implementation, _ in fitting]
@@ -141,28 +135,18 @@ def _try_step(load: Workload, implementation: str, checkpointing: str) -> str | 
     return None
 
 
-def _make_row(
-    load: Workload, variant: Variant, seconds: tuple[float, float], tracing: Tracing
-) -> StepTiming:
-    residual, implementation, checkpointing = variant
-    timer = Timer("cpu")
+def _make_row(load: Workload, variant: Variant, seconds: Seconds, tracing: Tracing) -> StepTiming:
+    _, implementation, checkpointing = variant
+    gradients, update, _ = seconds
+    timer, config = Timer("cpu"), load.config
     loader = statistics.median(timer(functools.partial(load.draw, i))[0] for i in range(3))
     with load.running(implementation, checkpointing):
-        peak_bytes = _measure_peak(load, implementation)
+        peak = _measure_peak(load, implementation)
         parts = _split_step(load, implementation, tracing)
-    gaps = max(0.0, sum(seconds) - sum(parts.values()))
-    return StepTiming(
-        residual=residual,
-        implementation=implementation,
-        checkpointing=checkpointing,
-        loader=loader,
-        gradients=seconds[0],
-        update=seconds[1],
-        breakdown={**parts, STEP_PARTS[-1]: gaps},
-        tokens_per_second=load.config.batch * sum(load.config.segments) / sum(seconds),
-        flops=plan(replace(load.config, checkpointing="none", device="cpu")).flops,
-        peak_bytes=peak_bytes,
-    )
+    parts[STEP_PARTS[-1]] = max(0.0, gradients + update - sum(parts.values()))
+    tokens_per_s = config.batch * sum(config.segments) / (gradients + update)
+    flops = plan(replace(config, checkpointing="none", device="cpu")).flops
+    return StepTiming(*variant, loader, gradients, update, parts, tokens_per_s, flops, peak)
 
 
 def _measure_peak(load: Workload, implementation: str) -> int | None:
@@ -252,32 +236,26 @@ STEP_COLUMNS = (
 
 def format_rows(steps: Steps) -> list[Row]:
     """Return the STEP_COLUMNS of each variant."""
-    rows: list[Row] = []
     peak_rate = steps.run.get("matmul_flops_per_second")
-    for row in steps.rows:
-        rate = row.flops / row.step
-        rows.append(
-            (
-                *(row.residual, row.implementation, row.checkpointing),
-                *(format_scaled(s, 1e-3) for s in (row.loader, row.gradients, row.update)),
-                *(format_scaled(row.step, 1e-3), format_scaled(row.tokens_per_second, 1, 0)),
-                format_scaled(rate, 1e12, 3),
-                f"{100 * rate / peak_rate:.0f}%" if peak_rate else NOTHING,
-                format_scaled(row.peak_bytes, 1e9, 2),
-                format_ratio(steps.rows[0].step, row.step),
-            )
+    return [
+        (
+            *row.variant,
+            *(format_scaled(s, 1e-3) for s in (row.loader, row.gradients, row.update, row.step)),
+            format_scaled(row.tokens_per_second, 1, 0),
+            format_scaled(row.flops / row.step, 1e12, 3),
+            f"{100 * (row.flops / row.step) / peak_rate:.0f}%" if peak_rate else NOTHING,
+            format_scaled(row.peak_bytes, 1e9, 2),
+            format_ratio(steps.rows[0].step, row.step),
         )
-    return rows
+        for row in steps.rows
+    ]
 
 
 def format_breakdown(steps: Steps) -> tuple[Row, list[Row]]:
     """Return columns and rows: the milliseconds of each part of a step, a row per variant."""
     parts = list(dict.fromkeys(part for row in steps.rows for part in row.breakdown))
     rows: list[Row] = [
-        (
-            *(row.residual, row.implementation, row.checkpointing),
-            *(format_scaled(row.breakdown.get(part), 1e-3) for part in parts),
-        )
+        (*row.variant, *(format_scaled(row.breakdown.get(part), 1e-3) for part in parts))
         for row in steps.rows
     ]
     return (*STEP_COLUMNS[:3], *(f"{part} ms" for part in parts)), rows
@@ -338,11 +316,14 @@ def run_command(args: argparse.Namespace) -> None:
     fused = workload.default_backends(device)
     default = [EAGER, COMPILE, *(name + COMPILED for name in fused), *fused]
     names = workload.check_trainable(args.implementation or default, device)
-    variants = _make_variants(name, overrides, args.residual, names, args.checkpointing or POLICIES)
+    policies = args.checkpointing or POLICIES
+    for policy in policies:  # an unknown policy is refused before anything is built
+        preset(name, **{**overrides, "checkpointing": policy})
+    own_policy = preset(name, **overrides).checkpointing
+    variants = _make_variants(args.residual, names, own_policy, policies)
     with opt.show_progress("step") as progress:
         result = measure(name, overrides, variants, args.repeats, tracing, progress)
-    if args.json:
-        records.append(result.to_json(), args.json)
+    records.append(result.to_json(), args.json)
     console = opt.make_console()
     rows, notes = format_rows(result), format_notes(result)
     console.print(text_tables.build_table("One optimizer step", STEP_COLUMNS, rows))
@@ -350,18 +331,11 @@ def run_command(args: argparse.Namespace) -> None:
 
 
 def _make_variants(
-    name: str,
-    overrides: dict[str, Any],
-    residuals: Sequence[str],
-    names: Sequence[str],
-    policies: Sequence[str],
+    residuals: Sequence[str], names: Sequence[str], own_policy: str, policies: Sequence[str]
 ) -> list[Variant]:
     """Return every implementation under the preset's policy, then the last under the others."""
-    own = preset(name, **overrides).checkpointing
-    for policy in policies:  # an unknown policy is refused before anything is built
-        preset(name, **{**overrides, "checkpointing": policy})
     variants = []
     for residual in residuals:
-        variants += [(residual, implementation, own) for implementation in names]
+        variants += [(residual, implementation, own_policy) for implementation in names]
         variants += [(residual, names[-1], policy) for policy in policies]
     return list(dict.fromkeys(variants))

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -82,7 +83,6 @@ class Workload:
         self.optimizer = make_optimizer(self.model, config)
         self.dataset = None if _has_random_latents(config) else open_dataset(config)
         self.batch = self.draw(0)
-        self._compiled: torch.nn.ModuleList | None = None
 
     def draw(self, step: int) -> Batch:
         """Return a batch of the data, or of random latents if the configuration has no folder."""
@@ -117,7 +117,7 @@ class Workload:
         """
         model, blocks, config = self.model, self.model.blocks, self.model.config
         if compiles(implementation):
-            model.blocks = self._compiled_blocks()
+            model.blocks = self.compiled_blocks
         model.config = dataclasses.replace(
             config, checkpointing=checkpointing or config.checkpointing
         )
@@ -136,11 +136,10 @@ class Workload:
 
         return forward, lambda _: self.update()
 
-    def _compiled_blocks(self) -> torch.nn.ModuleList:
-        if self._compiled is None:
-            blocks = (cast("torch.nn.Module", torch.compile(b)) for b in self.model.blocks)
-            self._compiled = torch.nn.ModuleList(blocks)
-        return self._compiled
+    @functools.cached_property
+    def compiled_blocks(self) -> torch.nn.ModuleList:
+        blocks = (cast("torch.nn.Module", torch.compile(b)) for b in self.model.blocks)
+        return torch.nn.ModuleList(blocks)
 
 
 def compiles(implementation: str) -> bool:
@@ -157,20 +156,26 @@ def _backend_of(implementation: str) -> str:
 def check_trainable(names: Sequence[str], device: str) -> list[str]:
     """Return the names without duplicates; ValueError or RuntimeError if one cannot train here."""
     names = [EAGER if name == "reference" else name for name in names]
-    kind = torch.device(device).type
     for name in names:
         if name not in TRAINABLE:
             known = ", ".join(TRAINABLE)
             raise ValueError(f"implementation must be one of {known}, got {name!r}")
-        backend = _backend_of(name)
-        if backend != "reference":
-            _backends.load_kernel(backend, "swiglu", "_fwd", kind)
-            if kind == "cpu" and backend != "cpu":
-                raise RuntimeError(
-                    f"{name} only emulates its kernels on a CPU, so there is nothing to time; "
-                    "count their bytes with python -m bench traffic"
-                )
+        require_timeable(_backend_of(name), device)
     return list(dict.fromkeys(names))
+
+
+def require_timeable(backend: str, device: str, ops: Sequence[str] = ("swiglu",)) -> None:
+    """Raise RuntimeError unless a backend runs operators on a device without emulation."""
+    if backend == "reference":
+        return
+    kind = torch.device(device).type
+    for op in ops:
+        _backends.load_kernel(backend, op, "_fwd", kind)
+    if kind == "cpu" and backend != "cpu":
+        raise RuntimeError(
+            f"{backend} only emulates its kernels on a CPU, so there is nothing to time; pass "
+            "--device cuda, or count their bytes with python -m bench traffic"
+        )
 
 
 def default_backends(device: str) -> list[str]:

@@ -16,7 +16,7 @@ from bench.measure.op_ranges import (
     LABELLING,
     Clock,
     Range,
-    combine_spans,
+    Tracing,
     label_model,
     record_function,
 )
@@ -199,7 +199,7 @@ def test_the_error_without_the_nvtx_package_has_the_remedy(monkeypatch, capsys):
     assert "pip install nvtx" in capsys.readouterr().err
 
 
-def test_combined_spans_are_nested_in_order():
+def test_nvtx_ranges_are_nested_in_the_ranges_of_a_span(monkeypatch):
     order = []
 
     class Span:
@@ -212,6 +212,7 @@ def test_combined_spans_are_nested_in_order():
         def __exit__(self, *unused):
             order.append(f"-{self.name}")
 
-    with combine_spans(lambda _: Span("a"), lambda _: Span("b"))(Range("x", "fwd", None)):
+    monkeypatch.setattr(op_ranges, "annotate_nvtx", lambda _: Span("b"))
+    with Tracing(nvtx=True).with_nvtx(lambda _: Span("a"))(Range("x", "fwd", None)):
         pass
     assert order == ["+a", "+b", "-b", "-a"]

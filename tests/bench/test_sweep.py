@@ -91,16 +91,16 @@ def test_a_wrong_backend_fails_the_command_after_recording_everything(
 
 
 def test_an_interrupted_run_leaves_its_records(monkeypatch, tmp_path, capsys):
-    file, measure_point = tmp_path / "ops.jsonl", sweep._measure_point
+    file, time_functions = tmp_path / "ops.jsonl", sweep._time_functions
     calls = []
 
     def once(*args):
         if calls:
             raise KeyboardInterrupt
         calls.append(args)
-        return measure_point(*args)
+        return time_functions(*args)
 
-    monkeypatch.setattr(sweep, "_measure_point", once)
+    monkeypatch.setattr(sweep, "_time_functions", once)
     args = [*SMALL, "--op", "swiglu", "rope", "--implementation", "eager", "--json", str(file)]
     assert main(args) == 130
     (record,) = records.read(file)
