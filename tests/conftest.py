@@ -44,12 +44,14 @@ def pytest_generate_tests(metafunc):
             ((name, values),) = marker.kwargs.items()
             names.append(name)
             rows = [(*row, values[turn % len(values)]) for turn, row in pairs]
-    metafunc.parametrize(names, rows, indirect=indirect, ids=format_dtype)
+    metafunc.parametrize(names, rows, indirect=indirect, ids=format_id)
 
 
-def format_dtype(value):
-    """Return a test id for a dtype, and None, pytest's own id, for other values."""
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
+def format_id(value):
+    """Return the test id of a dtype or a function, and None, pytest's own id, for other values."""
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return getattr(value, "__name__", None)
 
 
 @pytest.fixture
