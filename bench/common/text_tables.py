@@ -1,6 +1,7 @@
 """Tables of strings, on a terminal or in Markdown, and the text of a shape in their notes."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table as TerminalTable
@@ -29,11 +30,30 @@ def build_table(
     return table
 
 
-def format_markdown(columns: Row, rows: Iterable[Row]) -> str:
-    """Return a Markdown table: text, then columns of numbers."""
-    head, *body = ("| " + " | ".join(row) + " |" for row in (columns, *rows))
-    rule = "|" + "|".join([" --- "] + [" ---: "] * (len(columns) - 1)) + "|"
-    return "\n".join([head, rule, *body])
+@dataclass(frozen=True)
+class Table:
+    """Text, then columns of numbers; a last row with totals; notes and sources below the table."""
+
+    title: str
+    columns: Row
+    rows: Sequence[Row]
+    notes: Sequence[str] = ()
+    total: Row | None = None
+    sources: Sequence[str] = ()
+
+    def to_markdown(self) -> str:
+        """Return the table and its lines, without the title."""
+        rows = [self.columns, *self.rows, *([self.total] if self.total else [])]
+        cells = ["| " + " | ".join(map(plain_markdown, row)) + " |" for row in rows]
+        rule = "|" + "|".join([" --- "] + [" ---: "] * (len(self.columns) - 1)) + "|"
+        lines = (*self.notes, *(f"Source: {source}" for source in self.sources))
+        bullets = [f"- {plain_markdown(line)}" for line in lines]
+        return "\n".join([cells[0], rule, *cells[1:], "", *bullets])
+
+
+def plain_markdown(line: str) -> str:
+    """Return one line of Markdown that shows these characters."""
+    return " ".join(line.replace("|", "\\|").replace("<", "&lt;").split())
 
 
 def format_ratio(base: float | None, value: float) -> str:

@@ -3,16 +3,17 @@
 import io
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, ParamSpec
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.typing import LegendLocType
 
 WIDTH = 5.8  # inches: legible on a phone, which shows two thirds of it
 
@@ -42,29 +43,21 @@ RC_PARAMS: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": 10,
+    "legend.fontsize": 8.5,
     "legend.frameon": False,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.6,
 }
-_PLAIN = FuncFormatter(lambda value, _: f"{value:g}")  # 0.01, not a power of ten
+styled = matplotlib.rc_context(RC_PARAMS)  # decorates the functions that draw
 
 Values = Mapping[str, Mapping[str, float]]  # {row: {implementation: value}}
+Curves = dict[str, dict[str, list[tuple[float, float]]]]  # {operator: {implementation: points}}
 Handle = Any  # of a legend: a line, or a container of bars
 Line = tuple[float, str]  # position and label of a dashed line
-P = ParamSpec("P")
 
 
 def series_style(name: str) -> tuple[str, str, str]:
     return SERIES_STYLES.get(name, (name, "#444444", "h"))
-
-
-def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Decorate a function that draws, so that it has the settings of all plots."""
-
-    @wraps(draw)
-    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        with matplotlib.rc_context(RC_PARAMS):
-            return draw(*args, **kwargs)
-
-    return drawn
 
 
 def to_svg(figure: Figure, prefix: str) -> str:
@@ -81,10 +74,10 @@ def to_svg(figure: Figure, prefix: str) -> str:
     return text.strip()
 
 
+@styled
 def save_svg(figure: Figure, path: Path) -> None:
     """Write a file whose letters are outlines: it looks the same with any fonts."""
-    with matplotlib.rc_context(RC_PARAMS):
-        figure.savefig(path, format="svg", metadata={"Date": None})
+    figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def _new_figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
@@ -96,48 +89,40 @@ def _new_figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Figure,
 def _add_legend(
     figure: Figure, handles: Iterable[Handle], columns: int = 3, below: bool = False
 ) -> None:
-    place: Literal["outside upper left", "outside lower left"] = "outside upper left"
-    if below:
-        place = "outside lower left"
-    figure.legend(handles=list(handles), loc=place, ncols=columns, fontsize=8.5)
+    loc: LegendLocType = "outside lower left" if below else "outside upper left"
+    figure.legend(handles=list(handles), loc=loc, ncols=columns)
 
 
 @styled
 def bars(
     panels: Mapping[str, Values], xlabel: str, line: Line | None = None, digits: int = 1
 ) -> Figure:
-    """Draw {title of a panel: {row: {implementation: value}}} as horizontal bars."""
+    """Draw {title of a panel: {row: {implementation: value}}} as groups of horizontal bars."""
     rows = [row for values in panels.values() for row in values.values()]
     height = 0.8 + 0.5 * len(panels) + 0.19 * sum(map(len, rows)) + 0.12 * len(rows)
     figure, axes = _new_figure(height, len(panels))
     handles: dict[str, Handle] = {}
     for axis, (title, values) in zip(axes[:, 0], panels.items(), strict=True):
-        _draw_bars(axis, values, handles, f"%.{digits}f")
+        names = list(dict.fromkeys(name for row in values.values() for name in row))
+        position, ticks = 0.0, []
+        for row in values.values():
+            ticks.append(position + (len(row) - 1) / 2)
+            for name in (n for n in names if n in row):
+                label, colour, _ = series_style(name)
+                bar = axis.barh(position, row[name], 0.86, color=colour, label=label)
+                axis.bar_label(bar, fmt=f"%.{digits}f", padding=3, fontsize=8)
+                handles.setdefault(name, bar)
+                position += 1
+            position += 0.7
+        axis.set_yticks(ticks, list(values))
+        axis.invert_yaxis()
+        axis.margins(x=0.12)
+        axis.set_xlim(left=0)
         if line:
             handles["line"] = axis.axvline(line[0], label=line[1], **REFERENCE_LINE)
-        axis.set_title(title)
-        axis.set_xlabel(xlabel)
+        axis.set(title=title, xlabel=xlabel)
     _add_legend(figure, handles.values(), columns=2)
     return figure
-
-
-def _draw_bars(axis: Axes, values: Values, handles: dict[str, Handle], fmt: str) -> None:
-    """Draw the bars of a panel in groups; `handles` gets a legend's handle for each name."""
-    names = list(dict.fromkeys(name for row in values.values() for name in row))
-    position, ticks = 0.0, []
-    for row in values.values():
-        ticks.append(position + (len(row) - 1) / 2)
-        for name in (n for n in names if n in row):
-            label, colour, _ = series_style(name)
-            bar = axis.barh(position, row[name], 0.86, color=colour, label=label)
-            axis.bar_label(bar, fmt=fmt, padding=3, fontsize=8)
-            handles.setdefault(name, bar)
-            position += 1
-        position += 0.7
-    axis.set_yticks(ticks, list(values))
-    axis.invert_yaxis()
-    axis.margins(x=0.12)
-    axis.set_xlim(left=0)
 
 
 @styled
@@ -183,21 +168,15 @@ def roofline(
     line = axis.axhline(roof[0], label=roof[1], **REFERENCE_LINE)
     _scale_by_octaves(axis, [x for values in points.values() for x, _ in values.values()])
     axis.set_ylim(bottom=0)
-    axis.set_xlabel(xlabel)
-    axis.set_ylabel(ylabel)
-    axis.grid(color="#e6e6e6", linewidth=0.6)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.grid(True)
     _add_legend(figure, [*colours.values(), line])
     _add_legend(figure, markers.values(), below=True)
     return figure
 
 
 @styled
-def curves(
-    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
-    xlabel: str,
-    ylabel: str,
-    roof: Line | None = None,
-) -> Figure:
+def curves(panels: Curves, xlabel: str, ylabel: str, roof: Line | None = None) -> Figure:
     """Draw {operator: {implementation: [(x, y)]}}: a panel per operator, x on a logarithmic axis.
 
     y is logarithmic too, unless there is a roof: it then starts at 0.
@@ -218,11 +197,10 @@ def curves(
         else:
             axis.set_yscale("log")
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=12))
-            axis.yaxis.set_major_formatter(_PLAIN)
-            axis.yaxis.set_minor_formatter(NullFormatter())
+            _write_plain_numbers(axis.yaxis)
         _scale_by_octaves(axis, [x for points in lines.values() for x, _ in points])
         axis.set_title(operator, fontsize=8.5)
-        axis.grid(color="#e6e6e6", linewidth=0.6)
+        axis.grid(True)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     figure.supxlabel(xlabel, fontsize=9)
@@ -263,5 +241,10 @@ def _scale_by_octaves(axis: Axes, values: Sequence[float]) -> None:
     low, high = math.log2(min(values)), math.log2(max(values))
     axis.set_xscale("log", base=2)
     axis.set_xlim(2 ** math.floor(low - 0.2), 2 ** math.ceil(high + 0.2))
-    axis.xaxis.set_major_formatter(_PLAIN)
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    _write_plain_numbers(axis.xaxis)
+
+
+def _write_plain_numbers(axis: Axis) -> None:
+    """Label the ticks of a logarithmic axis with 0.01, not with a power of ten."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())

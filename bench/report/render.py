@@ -1,17 +1,15 @@
 """The report of a folder's records: Markdown, and an HTML page that needs no other file."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import jinja2
 
-from bench.common.text_tables import shape_text
+from bench.common.text_tables import Table, plain_markdown, shape_text
 from bench.report import figures, plots, tables
 from bench.report.figures import Figure
-from bench.report.select import Headline, SourcedRecord, list_sources, make_headlines, newest
-from bench.report.tables import Table, plain_markdown
+from bench.report.select import Headline, SourcedRecord, list_sources, make_headlines
 
 TITLE = "mvsplit-ops, measured"
 ABOUT = (
@@ -28,74 +26,16 @@ TEMPLATES = jinja2.Environment(
     undefined=jinja2.StrictUndefined,
 )
 
-Records = Sequence[SourcedRecord]
-Item = TypeVar("Item")
-
-
-def each(
-    kind: str, make: Callable[[SourcedRecord[Any]], Item | None]
-) -> Callable[[Records], list[Item]]:
-    """Return a function that makes an item of each newest record of a kind, unless it is None."""
-
-    def make_all(records: Records) -> list[Item]:
-        return [item for r in newest(records, kind) if (item := make(r)) is not None]
-
-    return make_all
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of record: its title, the command that makes a record, its tables and figures."""
-
-    title: str
-    command: str
-    tables: Callable[[Records], list[Table]]
-    figures: tuple[Callable[[Records], list[Figure]], ...] = ()
-
-
+# kind of record: (title of its section, command that makes a record)
 KINDS = {
-    "profile": Kind(
-        "Operators per optimizer step",
-        "profile --json FILE",
-        each("profile", tables.profile_table),
-        (each("profile", figures.speed_up_figure), each("profile", figures.roofline_figure)),
-    ),
-    "ops": Kind(
-        "Operators over a range of shapes, with peers",
-        "ops --json FILE",
-        tables.sweep_tables,
-        (figures.sweep_figures,),
-    ),
-    "in_loop": Kind(
-        "Operators within training steps",
-        "profile --in-loop --json FILE",
-        each("in_loop", tables.in_loop_table),
-        (each("in_loop", figures.in_loop_figure), each("in_loop", figures.paper_figure)),
-    ),
-    "step": Kind(
-        "Whole optimizer steps",
-        "step --json FILE",
-        each("step", tables.step_table),
-        (each("step", figures.step_figure),),
-    ),
-    "traffic": Kind(
-        "Bytes moved by one call",
-        "traffic --json FILE",
-        each("traffic", tables.traffic_table),
-        (each("traffic", figures.traffic_figure),),
-    ),
-    "predict": Kind(  # no records of its own: counted bytes and measured times
-        "Predicted and measured times",
-        "traffic --json FILE",
-        tables.prediction_tables,
-        (figures.prediction_figures,),
-    ),
-    "machine": Kind(
-        "Peak rates of the machine", "machine --json FILE", each("machine", tables.machine_table)
-    ),
-    "resources": Kind(
-        "Compiled kernels", "resources --json FILE", each("resources", tables.resource_table)
-    ),
+    "profile": ("Operators per optimizer step", "profile --json FILE"),
+    "ops": ("Operators over a range of shapes, with peers", "ops --json FILE"),
+    "in_loop": ("Operators within training steps", "profile --in-loop --json FILE"),
+    "step": ("Whole optimizer steps", "step --json FILE"),
+    "traffic": ("Bytes moved by one call", "traffic --json FILE"),
+    "predict": ("Predicted and measured times", "traffic --json FILE"),  # no records of its own
+    "machine": ("Peak rates of the machine", "machine --json FILE"),
+    "resources": ("Compiled kernels", "resources --json FILE"),
 }
 
 
@@ -109,23 +49,18 @@ class Report:
     absent: list[str]
 
 
-def build_report(records: Records) -> Report:
-    sections = {kind.title: kind.tables(records) for kind in KINDS.values()}
-    absent = [
-        f"{kind.title}: no record yet; python -m bench {kind.command} makes one."
-        for kind in KINDS.values()
-        if not sections[kind.title]
-    ]
+def build_report(records: Sequence[SourcedRecord]) -> Report:
+    tables_by_kind = tables.make_tables(records)
+    sections = [("Machines", [tables.machine_overview(records)])]
+    absent = []
+    for kind, (title, command) in KINDS.items():
+        if tables_by_kind[kind]:
+            sections.append((title, tables_by_kind[kind]))
+        else:
+            absent.append(f"{title}: no record yet; python -m bench {command} makes one.")
     unknown = sorted({record.kind for record in records} - set(KINDS))
-    return Report(
-        headlines=make_headlines(records),
-        figures=[f for kind in KINDS.values() for make in kind.figures for f in make(records)],
-        sections=[
-            ("Machines", [tables.machine_overview(records)]),
-            *((title, shown) for title, shown in sections.items() if shown),
-        ],
-        absent=[*absent, *(f"Records of kind {kind} are not shown." for kind in unknown)],
-    )
+    absent += [f"Records of kind {kind} are not shown." for kind in unknown]
+    return Report(make_headlines(records), figures.make_figures(records), sections, absent)
 
 
 def to_markdown(report: Report) -> str:
@@ -140,11 +75,6 @@ def to_markdown(report: Report) -> str:
 
 def to_html(report: Report) -> str:
     svgs = [plots.to_svg(f.drawing, f"f{i}") for i, f in enumerate(report.figures)]
-    return TEMPLATES.get_template("page.html.jinja").render(
-        title=TITLE,
-        about=ABOUT,
-        report=report,
-        svgs=svgs,
-        shape_text=shape_text,
-        list_sources=list_sources,
-    )
+    page = TEMPLATES.get_template("page.html.jinja")
+    helpers = {"shape_text": shape_text, "list_sources": list_sources}
+    return page.render(title=TITLE, about=ABOUT, report=report, svgs=svgs, **helpers)

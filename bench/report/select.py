@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
-from bench.cases import CASES, calls_per_step
+from bench.cases import CASES_BY_OP, calls_per_step
 from bench.common import records as record_files
 from bench.common import text_tables
 from bench.common.machine import MachineRecord
-from bench.common.records import Run
+from bench.common.records import Record, Run
 from bench.measure.in_loop import InLoop
 from bench.measure.profile import OperatorTiming, Profile
 from bench.measure.sweep import Point
@@ -19,10 +20,12 @@ from bench.static.roofline import STEP_OPERATORS
 from bench.static.traffic_record import PAPER_BLOCKS, TrafficRecord
 from mvsplit_ops import _backends
 
-CASES_BY_OP = {case.op: case for case in CASES}
+COMPARED = {"eager": "eager PyTorch", "compile": "torch.compile"}  # in a headline
 KERNEL_BACKENDS = tuple(b for b in _backends.BACKENDS if b != "reference")
 
 Data = TypeVar("Data")
+Item = TypeVar("Item")
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -47,24 +50,15 @@ class SourcedRecord(Generic[Data]):
         return self.run.get("device")
 
 
-def _parse_machine(json: dict[str, Any]) -> MachineRecord:
-    for name in MachineRecord.__annotations__:
-        json[name]
-    return cast("MachineRecord", json)
-
-
-# kind: (parser of a record, fields of "run" that its table and figures show)
-PARSERS: dict[str, tuple[Callable[[dict[str, Any]], Any], tuple[str, ...]]] = {
-    "profile": (
-        Profile.from_json,
-        ("device", "threads", "instruction_set", "shape", "backend", "blocks"),
-    ),
-    "ops": (Point.from_json, ("device", "shape", "repeats")),
-    "in_loop": (InLoop.from_json, ("device", "threads", "preset", "config", "repeats")),
-    "step": (Steps.from_json, ("device", "threads", "preset", "config", "repeats")),
-    "traffic": (TrafficRecord.from_json, ("shape",)),
-    "machine": (_parse_machine, ("device",)),
-    "resources": (ResourceRecord.from_json, ("shape",)),
+# kind: (class of its record, fields of "run" that its table and figures show)
+RECORD_CLASSES: dict[str, tuple[type[Record], tuple[str, ...]]] = {
+    "profile": (Profile, ("device", "threads", "instruction_set", "shape", "backend", "blocks")),
+    "ops": (Point, ("device", "shape", "repeats")),
+    "in_loop": (InLoop, ("device", "threads", "preset", "config", "repeats")),
+    "step": (Steps, ("device", "threads", "preset", "config", "repeats")),
+    "traffic": (TrafficRecord, ("shape",)),
+    "machine": (MachineRecord, ("device",)),
+    "resources": (ResourceRecord, ("shape",)),
 }
 
 
@@ -86,16 +80,15 @@ def read_records(folder: Path | str) -> list[SourcedRecord]:
         for json in record_files.read(path)
         if json["kind"] != "step" or all("implementation" in row for row in json.get("rows", ()))
     ]
-    return sorted(records, key=_date)
+    return sorted(records, key=lambda r: r.run["date"])
 
 
 def parse_record(file: str, json: dict[str, Any]) -> SourcedRecord:
     """Return a record of a file; ValueError if a field is missing or an operator is unknown."""
-    record = SourcedRecord(file, json, None)
-    place = f"{file}: the {record.kind} record of {record.run['date']}"
-    parse, run_fields = PARSERS.get(record.kind, (lambda _: None, ()))
+    place = f"{file}: the {json['kind']} record of {json['run']['date']}"
+    record_class, run_fields = RECORD_CLASSES.get(json["kind"], (None, ()))
     try:
-        data = parse(json)
+        data = record_class.from_json(json) if record_class else None
         for name in run_fields:
             json["run"][name]
     except (KeyError, TypeError) as error:
@@ -107,17 +100,13 @@ def parse_record(file: str, json: dict[str, Any]) -> SourcedRecord:
             raise ValueError(
                 f"{place} has the operator {op!r}, but bench/cases.py only {known}; delete its line"
             )
-    return replace(record, data=data)
+    return SourcedRecord(file, json, data)
 
 
 def newest(records: Iterable[SourcedRecord], kind: str) -> list[SourcedRecord]:
     """Return the newest record of each measurement of a kind, oldest first."""
     by_key = {record_files.measurement_key(r.json): r for r in records if r.kind == kind}
-    return sorted(by_key.values(), key=_date)
-
-
-def _date(record: SourcedRecord) -> str:
-    return record.run["date"]
+    return sorted(by_key.values(), key=lambda r: r.run["date"])
 
 
 def newest_points(records: Iterable[SourcedRecord]) -> list[SourcedRecord[Point]]:
@@ -127,6 +116,14 @@ def newest_points(records: Iterable[SourcedRecord]) -> list[SourcedRecord[Point]
     return sorted(points, key=lambda r: (ops.index(r.data.op), count_tokens(r.run)))
 
 
+def group_by(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    """Return {key(item): items} in the order of the items."""
+    groups: dict[Key, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
 def count_tokens(run: Run) -> int:
     """Return the tokens of all samples of a call."""
     return run["shape"]["B"] * sum(run["shape"]["segments"])
@@ -134,22 +131,18 @@ def count_tokens(run: Run) -> int:
 
 def group_sweeps(records: Iterable[SourcedRecord]) -> list[list[SourcedRecord[Point]]]:
     """Return the newest points in a group for each device and width."""
-    groups: dict[tuple[str | None, str], list[SourcedRecord[Point]]] = {}
-    for record in newest_points(records):
-        key = record.device, text_tables.width_text(record.run["shape"])
-        groups.setdefault(key, []).append(record)
+    points = newest_points(records)
+    groups = group_by(points, lambda r: (r.device, text_tables.width_text(r.run["shape"])))
     return list(groups.values())
 
 
 def list_sources(records: Iterable[SourcedRecord]) -> tuple[str, ...]:
     """Return a line for each file and machine: file, dates, commit, device, software."""
-    dates: dict[tuple[str, str], list[str]] = {}
-    for record in records:
-        dates.setdefault((record.file, _origin_text(record.run)), []).append(record.run["date"])
-    return tuple(
-        f"{file}, {' to '.join(dict.fromkeys((min(days), max(days))))}, {origin}"
-        for (file, origin), days in dates.items()
-    )
+    lines = []
+    for (file, origin), group in group_by(records, lambda r: (r.file, _origin_text(r.run))).items():
+        dates = sorted(record.run["date"] for record in group)
+        lines.append(f"{file}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {origin}")
+    return tuple(lines)
 
 
 def _origin_text(run: Run) -> str:
@@ -162,44 +155,32 @@ def _origin_text(run: Run) -> str:
 def list_failures(records: Sequence[SourcedRecord[Point]], with_missing: bool = True) -> list[str]:
     """Return lines: which implementations are wrong (or missing), the reason, and for which points.
 
-    A line that holds for all the points does not name them.
+    A line that holds for all the points does not name them. Otherwise it names what differs among
+    the points: operator, size or both.
     """
-    records_by_line: dict[str, list[SourcedRecord[Point]]] = {}
-    for record in records:
+    names = [(r.data.title, text_tables.size_text(r.run["shape"])) for r in records]
+    differs = [len(set(values)) > 1 for values in zip(*names, strict=True)]
+    points_by_line: dict[str, list[str]] = {}
+    for record, name in zip(records, names, strict=True):
         reasons = dict(record.data.missing) if with_missing else {}
-        reasons |= {name: f"failed: {reason}" for name, reason in record.data.failed.items()}
-        for name, reason in reasons.items():
-            records_by_line.setdefault(f"{name}: {reason}", []).append(record)
+        reasons |= {key: f"failed: {reason}" for key, reason in record.data.failed.items()}
+        for implementation, reason in reasons.items():
+            point = " at ".join(compress(name, differs))
+            points_by_line.setdefault(f"{implementation}: {reason}", []).append(point)
     return [
-        line if len(group) == len(records) else f"{line} ({_point_names(group, records)})"
-        for line, group in records_by_line.items()
+        line if len(points) == len(records) else f"{line} ({', '.join(dict.fromkeys(points))})"
+        for line, points in points_by_line.items()
     ]
-
-
-def _point_names(
-    records: Sequence[SourcedRecord[Point]], every: Sequence[SourcedRecord[Point]]
-) -> str:
-    """Return operator, size or both of some points: what differs among all of them."""
-    several_ops = len({r.data.title for r in every}) > 1
-    several_sizes = len({text_tables.size_text(r.run["shape"]) for r in every}) > 1
-    names = [
-        " at ".join(
-            [r.data.title] * several_ops + [text_tables.size_text(r.run["shape"])] * several_sizes
-        )
-        for r in records
-    ]
-    return ", ".join(dict.fromkeys(names))
 
 
 def named_profile(record: SourcedRecord[Profile]) -> Profile:
     """Return a profile whose "fused" column has the name of its backend."""
-    profile = record.data
-    names = {"fused": profile.run["backend"]}
+    names = {"fused": record.run["backend"]}
     rows = [
         replace(row, seconds={names.get(n, n): pair for n, pair in row.seconds.items()})
-        for row in profile.rows
+        for row in record.data.rows
     ]
-    return replace(profile, rows=rows)
+    return replace(record.data, rows=rows)
 
 
 def largest_profile(
@@ -209,9 +190,7 @@ def largest_profile(
 
     The size is the one at which most operators were timed, the largest of several.
     """
-    sizes: dict[str, list[SourcedRecord[Point]]] = {}
-    for record in sweep:
-        sizes.setdefault(text_tables.size_text(record.run["shape"]), []).append(record)
+    sizes = group_by(sweep, lambda record: text_tables.size_text(record.run["shape"]))
     largest = max(sizes.values(), key=lambda group: (len(group), count_tokens(group[0].run)))
     copy = max(record.data.copy_bytes_per_second for record in largest)
     rows = [_operator_timing(record.data) for record in largest]
@@ -220,11 +199,9 @@ def largest_profile(
 
 def _operator_timing(point: Point) -> OperatorTiming:
     case = CASES_BY_OP[point.op]
-    return OperatorTiming(
-        *(case.op, case.title, case.part_of, *calls_per_step(case, PAPER_BLOCKS)),
-        seconds={name: column.seconds[:2] for name, column in point.columns.items()},
-        bytes=point.must_move,
-    )
+    calls = calls_per_step(case, PAPER_BLOCKS)
+    seconds = {name: column.seconds[:2] for name, column in point.columns.items()}
+    return OperatorTiming(case.op, case.title, case.part_of, *calls, seconds, point.must_move)
 
 
 @dataclass(frozen=True)
@@ -233,21 +210,18 @@ class Headline:
 
     device: str
     backend: str
-    eager: float  # speed-up over eager PyTorch
-    compile: float | None  # speed-up over torch.compile
-    copy: float  # share of the copy bandwidth
+    speed_ups: dict[str, float]  # over eager PyTorch and, if it was timed, torch.compile
+    copy_share: float  # of the copy bandwidth
     records: list[SourcedRecord]
 
 
 def make_headlines(records: Sequence[SourcedRecord]) -> list[Headline]:
     """Return a headline for each profile, and for each sweep of a device without a profile."""
-    profiles: list[tuple[Profile, list[Any]]]
+    profiles: list[tuple[Profile, list[SourcedRecord[Any]]]]
     profiles = [(named_profile(r), [r]) for r in newest(records, "profile")]
     profiled = {profile.run["device"] for profile, _ in profiles}
-    sweeps = [sweep for sweep in group_sweeps(records) if sweep[0].device not in profiled]
-    profiles += map(largest_profile, sweeps)
-    headlines = (_make_headline(*profile) for profile in profiles)
-    return [headline for headline in headlines if headline]
+    profiles += [largest_profile(s) for s in group_sweeps(records) if s[0].device not in profiled]
+    return [headline for profile in profiles if (headline := _make_headline(*profile))]
 
 
 def _make_headline(profile: Profile, records: list[SourcedRecord]) -> Headline | None:
@@ -260,15 +234,10 @@ def _make_headline(profile: Profile, records: list[SourcedRecord]) -> Headline |
     if len(rows) < len(ops) or not kernels or "eager" not in ms:
         return None
     best = min(kernels, key=lambda name: ms[name])
+    speed_ups = {title: ms[n] / ms[best] for n, title in COMPARED.items() if n in ms}
     bytes_per_second = sum(row.bytes_per_step() for row in rows) / (ms[best] / 1e3)
-    return Headline(
-        device=profile.run["device"],
-        backend=best,
-        eager=ms["eager"] / ms[best],
-        compile=ms["compile"] / ms[best] if "compile" in ms else None,
-        copy=bytes_per_second / profile.copy_bytes_per_second,
-        records=records,
-    )
+    copy_share = bytes_per_second / profile.copy_bytes_per_second
+    return Headline(profile.run["device"], best, speed_ups, copy_share, records)
 
 
 Fastest = dict[tuple[tuple[int, int], str], tuple[str, str | None]]

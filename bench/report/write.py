@@ -7,7 +7,6 @@ fastest recorded ones.
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from bench.common import options as opt
@@ -18,7 +17,6 @@ from bench.report.select import SourcedRecord, newest
 PICTURE = "bench/results/profile.svg"
 # generated section: the page that has it between a pair of marks
 PAGES = {"report": "README.md", "traffic": "bench/README.md", "predict": "bench/README.md"}
-MARKS = "<!-- bench {}: begin -->", "<!-- bench {}: end -->"
 
 
 def newest_of_devices(records: Sequence[SourcedRecord]) -> list[SourcedRecord]:
@@ -35,7 +33,7 @@ def readme_sections(records: Sequence[SourcedRecord]) -> dict[str, str]:
     count = tables.traffic_table(newest(records, "traffic")[-1])
     return {
         "report": "\n\n".join([f"![Milliseconds per step]({PICTURE})", *profiles]),
-        "traffic": replace(count, sources=()).to_markdown(),
+        "traffic": count.to_markdown(),
         "predict": tables.prediction_summary(records).to_markdown(),
     }
 
@@ -43,7 +41,8 @@ def readme_sections(records: Sequence[SourcedRecord]) -> dict[str, str]:
 def write_readme(records: Sequence[SourcedRecord], root: Path) -> list[Path]:
     """Write the generated sections of a checkout's READMEs; return the files."""
     for name, section in readme_sections(records).items():
-        path, (begin, end) = root / PAGES[name], (mark.format(name) for mark in MARKS)
+        path = root / PAGES[name]
+        begin, end = f"<!-- bench {name}: begin -->", f"<!-- bench {name}: end -->"
         before, rest = path.read_text(encoding="utf-8").split(begin)
         after = rest.split(end)[1]
         path.write_text(f"{before}{begin}\n{section}\n{end}{after}", encoding="utf-8")
@@ -75,20 +74,12 @@ def write(folder: Path, out: Path, root: Path = ROOT) -> tuple[list[Path], list[
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    folder_help = "folder of records, *.jsonl"
     parser.add_argument(
-        "folder",
-        nargs="?",
-        type=Path,
-        default=RESULTS,
-        metavar="DIR",
-        help="folder of records, *.jsonl",
+        "folder", nargs="?", type=Path, default=RESULTS, metavar="DIR", help=folder_help
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FOLDER",
-        help="folder of report.md and report.html (default: DIR)",
-    )
+    out_help = "folder of report.md and report.html (default: DIR)"
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help=out_help)
 
 
 def run_command(args: argparse.Namespace) -> None:

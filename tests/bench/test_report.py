@@ -63,8 +63,8 @@ def html(full):
 
 
 def test_the_markdown_has_the_tables_of_every_kind(markdown):
-    for kind in render.KINDS.values():
-        assert f"## {kind.title}\n" in markdown
+    for title, _ in render.KINDS.values():
+        assert f"## {title}\n" in markdown
     assert "no record yet" not in markdown
     for row in (
         "| (RoPE (q, k)) | 700 / 400 | 5.000 / 2.000 / 1.000 |",
@@ -79,8 +79,9 @@ def test_the_markdown_has_the_tables_of_every_kind(markdown):
     assert "| A GPU &lt;80 GB> | 9.0 | – | 570.1 | 2.13.0 | 3.9.0 | 3.11.7 |" in machines
 
 
-def test_every_kind_of_record_has_a_parser_and_a_section():
-    assert set(render.KINDS) == {*select.PARSERS, "predict"}
+def test_every_kind_of_record_has_a_class_and_a_section():
+    assert all(kind == record.kind for kind, (record, _) in select.RECORD_CLASSES.items())
+    assert set(render.KINDS) == {*select.RECORD_CLASSES, "predict"}
 
 
 def test_every_table_names_its_source(markdown):
@@ -151,7 +152,9 @@ def test_a_device_without_a_profile_has_the_headline_of_its_sweep():
     sweep = [ops(case, batch=batch) for case in CASES for batch in (1, 4)]
     (headline,) = select.make_headlines(as_records(*sweep))
     assert headline.backend == "cuda"
-    assert headline.eager == pytest.approx((700 * 8 + 400 * 20) / (700 + 400 * 1.8))
+    assert headline.speed_ups["eager PyTorch"] == pytest.approx(
+        (700 * 8 + 400 * 20) / (700 + 400 * 1.8)
+    )
     assert {record.run["shape"]["B"] for record in headline.records} == {4}
     assert not select.make_headlines(as_records(ops(CASES[3])))  # one operator is not a step
 
@@ -165,10 +168,10 @@ def test_equal_records_give_equal_bytes(full, tmp_path):
 def test_kinds_without_a_record_are_one_line_with_the_command_that_makes_one():
     report = render.build_report(as_records(ops(batch=4), {"kind": "dream", "run": run()}))
     page, text = render.to_html(report), render.to_markdown(report)
-    for name, kind in render.KINDS.items():
-        line = f"{kind.title}: no record yet; python -m bench {kind.command} makes one."
+    for name, (title, command) in render.KINDS.items():
+        line = f"{title}: no record yet; python -m bench {command} makes one."
         assert (line in text) == (line in page) == (name != "ops")
-        assert cli.make_parser().parse_args(kind.command.split())
+        assert cli.make_parser().parse_args(command.split())
     assert "Records of kind dream are not shown." in text
     titles = [figure.title for figure in report.figures]
     assert titles == ["Speed-up over eager PyTorch, with peers, A GPU <80 GB>"]
@@ -305,7 +308,7 @@ def test_only_the_report_imports_matplotlib():
         (
             "records",
             [{"kind": "ops", "run": {"date": "2026-01-01"}}],
-            "runs.jsonl: the ops record of 2026-01-01 lacks 'columns'; delete its line",
+            "runs.jsonl: the ops record of 2026-01-01 cannot be read (Point.__init__() missing 7",
         ),
         (
             "records",
