@@ -10,7 +10,7 @@ from mvsplit_ops import _C
 GPU = torch.cuda.is_available()
 if not GPU:
     triton_interpreter.use()  # Triton's kernels on CPU tensors
-    cuda_emulator.install()  # and CUDA's
+    cuda_emulator.install(cuda_emulator.Emulator())  # and CUDA's
 
 
 def pytest_configure(config):

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -10,13 +9,17 @@ from bench.cases import Shape
 from bench.common import records as record_files
 from bench.common.records import Run
 from bench.common.text_tables import Row
-from bench.measure.in_loop import InLoopTiming
+from bench.measure.in_loop import InLoop
 from bench.measure.profile import Profile
 from bench.static import roofline
-from bench.static.roofline import DIRECTIONS, LAUNCH_SECONDS, JsonRecord
+from bench.static.roofline import DIRECTIONS, LAUNCH_SECONDS, Calls, JsonRecord, Speed
 from bench.static.traffic_record import TrafficRecord
 from model.config import FIELDS, Config
 
+COMPARISON_COLUMNS = (
+    *("operator", "direction", "implementation", "predicted ms", "measured ms"),
+    *("measured / predicted", "shape", "record"),
+)
 COMPARISON_NOTES = (
     "Predicted: the counted bytes divided by the copy bandwidth of the same record (for a step in "
     "the loop, of the newest record of that machine); on a GPU, the launches too.",
@@ -26,23 +29,30 @@ COMPARISON_NOTES = (
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A measurement and its prediction. direction: fwd, bwd; step: the calls of a whole step."""
+class Measurement:
+    """Measured seconds of calls. direction: fwd, bwd; step: the calls of a whole step."""
 
-    device: str
-    op: str
     title: str
     direction: str
     implementation: str
+    calls: Sequence[Calls]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A measurement and its prediction; the texts of its device, shape and record."""
+
+    device: str
     shape: str
-    predicted_seconds: float
-    measured_seconds: float
     source: str
+    measured: Measurement
+    predicted_seconds: float
 
     @property
     def ratio(self) -> float:
         """Measured over predicted."""
-        return self.measured_seconds / self.predicted_seconds
+        return self.measured.seconds / self.predicted_seconds
 
 
 def compare_records(
@@ -54,88 +64,66 @@ def compare_records(
     CPU a launch costs nothing. Calls that were not counted, and other dtypes than the counted one,
     are left out.
     """
+    counted_dtype = roofline.read_shape(traffic.run).dtype
+    copy_key = "copy_bytes_per_second"
+    copies = {_device_text(r["run"]): r[copy_key] for r in records if copy_key in r}
     comparisons: list[Comparison] = []
     for record in records:
-        if record["kind"] == "in_loop":
-            comparisons += _compare_loop(record, records, traffic, launch_seconds)
-        elif record["kind"] in ("profile", "ops"):
-            comparisons += _compare_calls(record, traffic, launch_seconds)
+        if record["kind"] not in MEASUREMENTS:
+            continue
+        run, device, shape = record["run"], _device_text(record["run"]), _read_shape(record["run"])
+        copy = record.get(copy_key) or copies.get(device)
+        if copy is None or shape.dtype != counted_dtype:
+            continue
+        texts = device, _shape_text(shape), f"{record['kind']}, {run['date'][:19]}, {run['commit']}"
+        speed = Speed(copy, texts[-1], launch_seconds if "capability" in run else 0.0)
+        for measured in MEASUREMENTS[record["kind"]](record):
+            cost = roofline.compute_cost(traffic, measured.implementation, shape, measured.calls)
+            if cost is not None:
+                comparisons.append(Comparison(*texts, measured, speed.seconds(cost)))
     return comparisons
 
 
-def _compare_calls(
-    record: JsonRecord, traffic: TrafficRecord, launch_seconds: float
-) -> Iterator[Comparison]:
-    shape = roofline.read_shape(record["run"])
-    if shape.dtype != roofline.read_shape(traffic.run).dtype:
-        return
-    speed = record["copy_bytes_per_second"], launch_seconds if _on_gpu(record) else 0.0
-    for op, title, implementation, seconds in _list_calls(record):
-        for direction, measured in zip(DIRECTIONS, seconds, strict=True):
-            cost = roofline.compute_call_cost(traffic, op, direction, implementation, shape)
-            if cost is not None:
-                yield Comparison(
-                    device=_device_text(record["run"]),
-                    op=op,
-                    title=title,
-                    direction=direction,
-                    implementation=implementation,
-                    shape=_shape_text(shape),
-                    predicted_seconds=cost.seconds(*speed),
-                    measured_seconds=measured,
-                    source=_source_text(record),
-                )
-
-
-def _list_calls(record: JsonRecord) -> Iterator[tuple[str, str, str, Sequence[float]]]:
-    """Yield op, title, implementation and (fwd, bwd) seconds of a "profile" or "ops" record."""
-    if record["kind"] == "ops":  # some columns of older records only say why they failed
-        for name, column in record["columns"].items():
-            if "failed" not in column:
-                yield record["op"], record["title"], name, column["seconds"][:2]
-        return
+def _list_profile(record: JsonRecord) -> Iterator[Measurement]:
     profile = Profile.from_json(record)
     for row in profile.rows:
-        yield row.op, row.title, "eager", row.seconds["eager"]
-        yield row.op, row.title, profile.run["backend"], row.seconds["fused"]
+        yield from _list_calls(row.op, row.title, "eager", row.seconds["eager"])
+        yield from _list_calls(row.op, row.title, profile.run["backend"], row.seconds["fused"])
 
 
-def _compare_loop(
-    record: JsonRecord,
-    records: Sequence[JsonRecord],
-    traffic: TrafficRecord,
-    launch_seconds: float,
-) -> Iterator[Comparison]:
-    run, shape = record["run"], _training_shape(record["run"]["config"])
-    copies = [
-        other["copy_bytes_per_second"]
-        for other in records
-        if _device_text(other["run"]) == _device_text(run) and "copy_bytes_per_second" in other
-    ]
-    if not copies or shape.dtype != roofline.read_shape(traffic.run).dtype:
-        return
-    speed = copies[-1], launch_seconds if _on_gpu(record) else 0.0
-    timings = [InLoopTiming(**row) for row in record["rows"]]
-    for name in dict.fromkeys(timing.implementation for timing in timings):
-        rows = [timing for timing in timings if timing.implementation == name]
-        predicted = _predict_calls(rows, traffic, shape, speed)
-        if predicted is not None:
-            yield Comparison(
-                device=_device_text(run),
-                op="all",
-                title=f"{run['preset']}, in the loop",
-                direction="step",
-                implementation=name,
-                shape=_shape_text(shape),
-                predicted_seconds=predicted,
-                measured_seconds=sum(row.ms for row in rows) / 1e3,
-                source=_source_text(record),
-            )
+def _list_point(record: JsonRecord) -> Iterator[Measurement]:
+    for name, column in record["columns"].items():
+        if "failed" not in column:  # columns of older records may only have the reason
+            yield from _list_calls(record["op"], record["title"], name, column["seconds"][:2])
 
 
-def _training_shape(fields: dict[str, Any]) -> Shape:
-    """Return the shape of the operators of a training step, from the fields of its Config."""
-    config = Config(**{k: v for k, v in fields.items() if k in FIELDS})
+def _list_calls(
+    op: str, title: str, implementation: str, seconds: Sequence[float]
+) -> Iterator[Measurement]:
+    for direction, measured in zip(DIRECTIONS, seconds, strict=True):
+        yield Measurement(title, direction, implementation, [Calls(op, direction)], measured)
+
+
+def _list_steps(record: JsonRecord) -> Iterator[Measurement]:
+    """Yield a measurement of all operators of a step for each implementation."""
+    loop = InLoop.from_json(record)
+    for name in dict.fromkeys(row.implementation for row in loop.rows):
+        rows = [row for row in loop.rows if row.implementation == name]
+        forward = (Calls(row.op, "fwd", row.forward_calls) for row in rows)
+        backward = (Calls(row.op, "bwd", row.backward_calls) for row in rows)
+        title, seconds = f"{loop.run['preset']}, in the loop", loop.total_ms(name) / 1e3
+        yield Measurement(title, "step", name, [*forward, *backward], seconds)
+
+
+# kind of a record: its measurements
+MEASUREMENTS = {"profile": _list_profile, "ops": _list_point, "in_loop": _list_steps}
+
+
+def _read_shape(run: Run) -> Shape:
+    """Return the shape of a run, or that of the operators in its training step."""
+    if "config" not in run:
+        return roofline.read_shape(run)
+    config = Config(**{k: v for k, v in run["config"].items() if k in FIELDS})
     return Shape(
         B=config.micro_batch or config.batch,
         segments=config.segments,
@@ -144,28 +132,6 @@ def _training_shape(fields: dict[str, Any]) -> Shape:
         F=config.ffn,
         dtype=torch.float32 if config.precision == "fp32" else torch.bfloat16,
     )
-
-
-def _predict_calls(
-    rows: Sequence[InLoopTiming],
-    traffic: TrafficRecord,
-    shape: Shape,
-    speed: tuple[float, float],
-) -> float | None:
-    """Return the seconds of all calls of the rows, or None if one was not counted."""
-    total = 0.0
-    for row in rows:
-        calls_of_directions = row.forward_calls, row.backward_calls
-        for direction, calls in zip(DIRECTIONS, calls_of_directions, strict=True):
-            cost = roofline.compute_call_cost(traffic, row.op, direction, row.implementation, shape)
-            if cost is None:
-                return None
-            total += calls * cost.seconds(*speed)
-    return total
-
-
-def _on_gpu(record: JsonRecord) -> bool:
-    return "capability" in record["run"]
 
 
 def _device_text(run: Run) -> str:
@@ -179,40 +145,22 @@ def _shape_text(shape: Shape) -> str:
     return f"{shape.B} x {segments} x {shape.D}, {dtype}"
 
 
-def _source_text(record: JsonRecord) -> str:
-    run = record["run"]
-    return f"{record['kind']}, {run['date'][:19]}, {run['commit']}"
-
-
 def select_newest(records: Sequence[JsonRecord]) -> list[JsonRecord]:
     """Return the last record of each measurement, in the order of `records`."""
-    newest: dict[str, JsonRecord] = {}
-    for record in records:
-        key = record_files.measurement_key(record)
-        newest.pop(key, None)
-        newest[key] = record
-    return list(newest.values())
+    newest = {record_files.measurement_key(record): record for record in records}
+    return [r for r in records if r is newest[record_files.measurement_key(r)]]
 
 
-def group_by_device(comparisons: Sequence[Comparison]) -> dict[str, list[Comparison]]:
-    groups: dict[str, list[Comparison]] = {}
-    for comparison in comparisons:
-        groups.setdefault(comparison.device, []).append(comparison)
-    return groups
-
-
-def format_cells(comparisons: Sequence[Comparison]) -> tuple[Row, list[Row]]:
-    """Return columns and rows: predicted and measured time of each call."""
-    columns = (
-        *("operator", "direction", "implementation", "predicted ms", "measured ms"),
-        *("measured / predicted", "shape", "record"),
-    )
-    rows: list[Row] = [
-        (
-            *(c.title, c.direction, c.implementation),
-            *(f"{1e3 * s:.4f}" for s in (c.predicted_seconds, c.measured_seconds)),
-            *(f"{c.ratio:.2f}", c.shape, c.source),
+def format_cells(comparisons: Sequence[Comparison]) -> dict[str, list[Row]]:
+    """Return {device: rows below COMPARISON_COLUMNS}: predicted and measured time of each call."""
+    rows: dict[str, list[Row]] = {}
+    for c in comparisons:
+        measured = c.measured
+        times = (f"{1e3 * seconds:.4f}" for seconds in (c.predicted_seconds, measured.seconds))
+        rows.setdefault(c.device, []).append(
+            (
+                *(measured.title, measured.direction, measured.implementation),
+                *(*times, f"{c.ratio:.2f}", c.shape, c.source),
+            )
         )
-        for c in comparisons
-    ]
-    return columns, rows
+    return rows

@@ -9,15 +9,18 @@ import contextlib
 import functools
 import shutil
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 from bench.cases import CASES, Case, Shape
 from bench.common.accuracy import results_and_gradients
 from bench.common.options import ReportProgress, no_progress
 from bench.static import machine_code
-from bench.static.occupancy import WARP, get_limits
+from bench.static.machine_code import count_ptx_accesses, count_sass_accesses
+from bench.static.occupancy import WARP, compute_occupancy, get_limits
 from bench.static.traffic import Recorder, split_kernel_op
 from mvsplit_ops import _backends, _cuda
 from mvsplit_ops._cuda import catalogue, compile
@@ -37,6 +40,7 @@ class CompiledKernel:
                         PTX for triton, machine code for cuda
     bulk                copies of any length from global to shared memory, in the code
     seconds             of the compiler; a program with several CUDA kernels has one time
+    blocks_per_sm, limited_by, warps_share  of its Occupancy
     """
 
     call: str
@@ -52,6 +56,22 @@ class CompiledKernel:
     stores: dict[int, int]
     bulk: int
     seconds: float
+    blocks_per_sm: int
+    limited_by: str
+    warps_share: float
+
+
+@dataclass(frozen=True)
+class Build:
+    """A launch, its cubin, its code (PTX for triton, machine code for cuda), compiler seconds."""
+
+    launch: Launch
+    cubin: bytes
+    code: str
+    seconds: float
+
+
+Builds = dict[Hashable, Build]
 
 
 def compile_kernels(
@@ -67,20 +87,42 @@ def compile_kernels(
     """
     calls = [(case.op, *call) for case in cases for call in record_kernel_ops(case, shape)]
     steps = len(backends) * len(architectures) * len(calls)
-    compiled: dict[Hashable, CompiledKernel] = {}
+    builds: Builds = {}
     kernels: dict[Hashable, CompiledKernel] = {}
-    for backend in backends:
-        for architecture in architectures:
-            for case_op, kernel_op, args in calls:
-                op, direction = split_kernel_op(kernel_op)
-                call = f"{case_op} {direction}"
-                progress(f"{call}, {backend}, sm_{architecture}", steps)
-                launches = COMPILERS[backend](call, architecture, op, direction, args)
-                for launch, kernel in launches.items():
-                    key = backend, architecture, launch
-                    first = compiled.setdefault(key, kernel)  # Triton's cache has later ones
-                    kernels.setdefault((call, *key), replace(first, call=call))
+    for recorded, architecture, backend in product(calls, architectures, backends):
+        case_op, kernel_op, args = recorded
+        op, direction = split_kernel_op(kernel_op)
+        call = f"{case_op} {direction}"
+        progress(f"{call}, {backend}, sm_{architecture}", steps)
+        for launch, build in COMPILERS[backend](architecture, op, direction, args).items():
+            key = backend, architecture, launch
+            first = builds.setdefault(key, build)  # Triton's cache has later ones
+            kernels[call, key] = _read_kernel(call, backend, architecture, first)
     return list(kernels.values())
+
+
+def _read_kernel(call: str, backend: str, architecture: int, build: Build) -> CompiledKernel:
+    launch, code = build.launch, build.code
+    resources = machine_code.read_resources(build.cubin)[launch.kernel]
+    shared = machine_code.count_static_shared(resources, architecture) + launch.shared
+    count_accesses = count_ptx_accesses if backend == "triton" else count_sass_accesses
+    occupancy = compute_occupancy(architecture, resources["REG"], launch.block, shared)
+    return CompiledKernel(
+        call=call,
+        backend=backend,
+        name=launch.kernel,
+        architecture=architecture,
+        threads=launch.block,
+        registers=resources["REG"],
+        spilled=resources["STACK"] + resources["LOCAL"],
+        shared=shared,
+        cluster=max(launch.cluster, 1),
+        loads=count_accesses(code, "ld"),
+        stores=count_accesses(code, "st"),
+        bulk=machine_code.count_bulk_copies(code),
+        seconds=build.seconds,
+        **asdict(occupancy),
+    )
 
 
 def missing_reason(backend: str, architectures: Sequence[int] = ARCHITECTURES) -> str | None:
@@ -115,36 +157,16 @@ def select_compiler() -> compile.Compiler:
     return compile.nvcc()
 
 
-def _compile_cuda(
-    call: str, architecture: int, op: str, direction: str, args: tuple
-) -> dict[Hashable, CompiledKernel]:
-    with catalogue.record_launches(get_limits(architecture).architecture) as recorder:
+def _compile_cuda(architecture: int, op: str, direction: str, args: tuple) -> Builds:
+    name = get_limits(architecture).architecture
+    with catalogue.record_launches(name) as recorder:
         getattr(_cuda, f"{op}_{direction}")(*args)
-    return {
-        (program, replace(launch, grid=0)): _read_cuda(call, architecture, program, launch)
-        for program, launch in recorder.launches
-    }
-
-
-def _read_cuda(call: str, architecture: int, program: Program, launch: Launch) -> CompiledKernel:
-    cubin, seconds = _compile_program(program, get_limits(architecture).architecture)
-    resources = machine_code.read_resources(cubin)[launch.kernel]
-    code = machine_code.disassemble(cubin)[launch.kernel]
-    return CompiledKernel(
-        call=call,
-        backend="cuda",
-        name=launch.kernel,
-        architecture=architecture,
-        threads=launch.block,
-        registers=resources["REG"],
-        spilled=machine_code.count_spilled(resources),
-        shared=machine_code.count_static_shared(resources, architecture) + launch.shared,
-        cluster=max(launch.cluster, 1),
-        loads=machine_code.count_sass_accesses(code, "LD"),
-        stores=machine_code.count_sass_accesses(code, "ST"),
-        bulk=machine_code.count_bulk_copies(code),
-        seconds=seconds,
-    )
+    builds: Builds = {}
+    for program, launch in recorder.launches:
+        cubin, seconds = _compile_program(program, name)
+        code = machine_code.disassemble(cubin)[launch.kernel]
+        builds[program, replace(launch, grid=0)] = Build(launch, cubin, code, seconds)
+    return builds
 
 
 @functools.cache
@@ -170,18 +192,11 @@ def compile_only(architecture: int) -> Iterator[list[tuple[Any, float]]]:
     if reason:
         raise RuntimeError(reason)
 
-    class AbsentDriver:
-        """The driver of a GPU that is not present."""
-
-        def get_current_target(self) -> Any:
-            return GPUTarget("cuda", architecture, 32)
-
-        def get_current_device(self) -> int:
-            return architecture  # Triton has one cache of compiled kernels per device
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
-
+    absent_gpu = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", architecture, 32),
+        get_current_device=lambda: architecture,  # Triton has one cache of kernels per device
+        get_current_stream=lambda device: 0,
+    )
     run = JITFunction.run
     compiled: list[tuple[Any, float]] = []
 
@@ -193,7 +208,7 @@ def compile_only(architecture: int) -> Iterator[list[tuple[Any, float]]]:
         return kernel
 
     active, always = driver._active, triton.knobs.compilation.always_compile
-    driver.set_active(AbsentDriver())
+    driver.set_active(absent_gpu)
     JITFunction.run, triton.knobs.compilation.always_compile = compile_kernel, True
     try:
         yield compiled
@@ -210,40 +225,16 @@ def _interpreter_reason() -> str | None:
     return None
 
 
-def _compile_triton(
-    call: str, architecture: int, op: str, direction: str, args: tuple
-) -> dict[Hashable, CompiledKernel]:
-    launch = _backends.load_kernel("triton", op, f"_{direction}", "cuda")
+def _compile_triton(architecture: int, op: str, direction: str, args: tuple) -> Builds:
     with compile_only(architecture) as compiled:
-        launch(*args)
-    kernels: dict[Hashable, CompiledKernel] = {}
+        _backends.load_kernel("triton", op, f"_{direction}", "cuda")(*args)
+    builds: Builds = {}
     for kernel, seconds in compiled:
-        kernels.setdefault(kernel.hash, _read_triton(call, architecture, kernel, seconds))
-    return kernels
+        data, code = kernel.metadata, kernel.asm
+        launch = Launch(data.name, 0, data.num_warps * WARP, data.num_ctas, data.shared)
+        builds.setdefault(kernel.hash, Build(launch, code["cubin"], code["ptx"], seconds))
+    return builds
 
 
-def _read_triton(call: str, architecture: int, kernel: Any, seconds: float) -> CompiledKernel:
-    (resources,) = machine_code.read_resources(kernel.asm["cubin"]).values()
-    ptx = kernel.asm["ptx"]
-    return CompiledKernel(
-        call=call,
-        backend="triton",
-        name=kernel.metadata.name,
-        architecture=architecture,
-        threads=kernel.metadata.num_warps * WARP,
-        registers=resources["REG"],
-        spilled=machine_code.count_spilled(resources),
-        shared=machine_code.count_static_shared(resources, architecture) + kernel.metadata.shared,
-        cluster=kernel.metadata.num_ctas,
-        loads=machine_code.count_ptx_accesses(ptx, "ld"),
-        stores=machine_code.count_ptx_accesses(ptx, "st"),
-        bulk=machine_code.count_bulk_copies(ptx),
-        seconds=seconds,
-    )
-
-
-# (call, architecture, op, direction, arguments) -> {launch: kernel}
-COMPILERS: dict[str, Callable[[str, int, str, str, tuple], dict[Hashable, CompiledKernel]]] = {
-    "triton": _compile_triton,
-    "cuda": _compile_cuda,
-}
+# (architecture, op, direction, arguments) -> {key of a launch: its build}
+COMPILERS = {"triton": _compile_triton, "cuda": _compile_cuda}

@@ -6,8 +6,7 @@ code is read. The number of blocks that an SM holds is calculated from the resou
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from rich.table import Table as TerminalTable
 
@@ -15,11 +14,11 @@ from bench.cases import CASES, Case, Shape
 from bench.common import options as opt
 from bench.common import records, text_tables
 from bench.common.machine import describe_run
-from bench.common.records import Run
+from bench.common.records import Record, Run
 from bench.common.text_tables import Row
 from bench.static import kernel_compiler
 from bench.static.kernel_compiler import ARCHITECTURES, CompiledKernel
-from bench.static.occupancy import RESIDENCY, compute_occupancy
+from bench.static.occupancy import RESIDENCY
 
 COMPILED_BACKENDS = tuple(kernel_compiler.COMPILERS)
 RESOURCE_COLUMNS = (
@@ -29,49 +28,12 @@ RESOURCE_COLUMNS = (
 
 
 @dataclass(frozen=True)
-class KernelResources(CompiledKernel):
-    """A compiled kernel and its occupancy; the fields of an Occupancy."""
-
-    blocks_per_sm: int
-    limited_by: str
-    warps_share: float
-
-    @classmethod
-    def from_kernel(cls, kernel: CompiledKernel) -> "KernelResources":
-        occupancy = compute_occupancy(
-            kernel.architecture, kernel.registers, kernel.threads, kernel.shared
-        )
-        return cls(**asdict(kernel), **asdict(occupancy))
-
-
-@dataclass(frozen=True)
-class ResourceRecord:
+class ResourceRecord(Record):
     """The kernels of one run, and {backend: reason why it cannot be compiled here}."""
 
-    run: Run
-    rows: list[KernelResources]
+    kind = "resources"
+    rows: list[CompiledKernel]
     missing: dict[str, str]
-
-    def to_json(self) -> dict[str, Any]:
-        return {"kind": "resources", **asdict(self)}
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> "ResourceRecord":
-        rows = [
-            KernelResources(
-                **{
-                    **row,
-                    "loads": _integer_keys(row["loads"]),
-                    "stores": _integer_keys(row["stores"]),
-                }
-            )
-            for row in record["rows"]
-        ]
-        return cls(record["run"], rows, record["missing"])
-
-
-def _integer_keys(counts: Mapping[str, int]) -> dict[int, int]:
-    return {int(bits): number for bits, number in counts.items()}
 
 
 def measure(
@@ -86,24 +48,15 @@ def measure(
     RuntimeError: no backend can be compiled here.
     """
     reasons = {b: kernel_compiler.missing_reason(b, architectures) for b in backends}
-    missing = {backend: reason for backend, reason in reasons.items() if reason}
-    available = [backend for backend in backends if backend not in missing]
+    missing = {b: reason for b, reason in reasons.items() if reason}
+    available = [b for b in backends if b not in missing]
     if not available:
         lines = "; ".join(f"{backend}: {reason}" for backend, reason in missing.items())
         raise RuntimeError(f"no kernel can be compiled here: {lines}")
     kernels = kernel_compiler.compile_kernels(shape, available, architectures, progress, cases)
-    ops = [case.op for case in cases]
-    kernels.sort(
-        key=lambda k: (*_call_order(k.call, ops), k.architecture, backends.index(k.backend))
-    )
     compiler = kernel_compiler.select_compiler().name if "cuda" in available else None
     run: Run = {**describe_run(shape), "cuda_compiler": compiler}
-    return ResourceRecord(run, [KernelResources.from_kernel(k) for k in kernels], missing)
-
-
-def _call_order(call: str, ops: Sequence[str]) -> tuple[int, int]:
-    op, direction = call.split()
-    return ops.index(op), ("fwd", "bwd").index(direction)
+    return ResourceRecord(run, kernels, missing)
 
 
 def format_cells(record: ResourceRecord) -> list[Row]:
@@ -174,5 +127,4 @@ def run_command(args: argparse.Namespace) -> None:
     with opt.show_progress("resources") as progress:
         record = measure(shape, args.backend, args.arch, progress, opt.chosen_cases(args.op))
     opt.make_console().print(build_table(record))
-    if args.json:
-        records.append(record.to_json(), args.json)
+    records.append(record.to_json(), args.json)

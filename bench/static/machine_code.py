@@ -41,11 +41,6 @@ def count_static_shared(resources: dict[str, int], architecture: int) -> int:
     return max(resources["SHARED"] - (RESERVED if architecture >= 90 else 0), 0)
 
 
-def count_spilled(resources: dict[str, int]) -> int:
-    """Return the bytes per thread that a kernel spills."""
-    return resources["STACK"] + resources["LOCAL"]
-
-
 def count_ptx_accesses(ptx: str, kind: str) -> dict[int, int]:
     """Return {bits: number} of the global accesses of a kind, "ld" or "st", in PTX."""
     accesses = re.findall(rf"\b{kind}\.global((?:\.[\w:]+)*)", ptx)
@@ -61,8 +56,8 @@ def _access_bits(modifiers: str) -> int:
 
 
 def count_sass_accesses(code: str, kind: str) -> dict[int, int]:
-    """Return {bits: number} of the global accesses of a kind, "LD" or "ST", in machine code."""
-    names = {"LD": "LDG|LDGSTS", "ST": "STG"}[kind]
+    """Return {bits: number} of the global accesses of a kind, "ld" or "st", in machine code."""
+    names = {"ld": "LDG|LDGSTS", "st": "STG"}[kind]
     accesses = re.findall(rf"\b(?:{names})\b((?:\.\w+)*)", code)
     bits = (re.findall(r"\.[US]?(\d+)\b", modifiers) or ["32"] for modifiers in accesses)
     return dict(Counter(int(numbers[-1]) for numbers in bits))
@@ -76,10 +71,9 @@ def count_bulk_copies(code: str) -> int:
 def find_tool(name: str) -> str:
     """Return the path of a tool that reads cubins: bundled with Triton, or of a CUDA toolkit."""
     triton = importlib.util.find_spec("triton")
-    bundled = None
-    if triton is not None and triton.origin is not None:
-        bundled = Path(triton.origin).parent / "backends/nvidia/bin" / name
-    path = str(bundled) if bundled and bundled.exists() else shutil.which(name)
+    folder = Path(triton.origin or "").parent if triton else Path()
+    bundled = folder / "backends/nvidia/bin" / name
+    path = str(bundled) if bundled.exists() else shutil.which(name)
     if path is None:
         raise RuntimeError(
             f"{name}, which reads machine code, is neither in Triton nor on the PATH; "

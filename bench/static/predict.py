@@ -8,16 +8,16 @@ needed.
 import argparse
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from bench.cases import PAPER_MS, calls_per_step
+from bench.cases import PAPER_MS
 from bench.common import options as opt
 from bench.common import records as record_files
 from bench.common import text_tables
 from bench.common.records import Run
 from bench.common.text_tables import Row
 from bench.static import comparison, roofline
-from bench.static.roofline import FLOOR, LAUNCH_SECONDS, STEP_OPERATORS, Bandwidth
+from bench.static.roofline import FLOOR, LAUNCH_SECONDS, STEP_OPERATORS, Speed
 from bench.static.traffic_record import PAPER_BLOCKS, TrafficRecord
 
 PAPER_TOKENS = 26 * 320  # of a micro-batch on one GPU, about the paper's
@@ -27,54 +27,51 @@ COUNT_PUBLISHED = "python -m bench traffic --published PATH --json bench/results
 
 @dataclass(frozen=True)
 class Prediction:
-    """One operator in a step: milliseconds and launches of FLOOR and of each implementation."""
+    """Milliseconds and launches of FLOOR and of each implementation: an operator's, or a step's."""
 
-    op: str
     title: str
+    calls: str  # forward / backward
     ms: dict[str, float]
     launches: dict[str, int]
-    calls: tuple[int, int]  # forward, backward
 
 
 def predict_step(
-    traffic: TrafficRecord,
-    tokens: int,
-    bytes_per_second: float,
-    launch_seconds: float = LAUNCH_SECONDS,
-    blocks: int = PAPER_BLOCKS,
+    traffic: TrafficRecord, tokens: int, speed: Speed, blocks: int = PAPER_BLOCKS
 ) -> list[Prediction]:
     """Return a prediction for each operator of a step with `tokens` tokens on one GPU."""
     shape, predictions = roofline.scale_to_tokens(traffic, tokens), []
-    names = [n for n in (FLOOR, *PREDICTED) if roofline.covers_step(traffic, n)]
     for case in STEP_OPERATORS:
+        calls = roofline.step_calls(blocks, [case])
         ms, launches = {}, {}
-        for name in names:
-            cost = roofline.compute_step_cost(traffic, name, shape, blocks, [case])
-            assert cost is not None  # covers_step
-            ms[name] = 1e3 * cost.seconds(bytes_per_second, launch_seconds)
-            launches[name] = cost.launches
-        calls = calls_per_step(case, blocks)
-        predictions.append(Prediction(case.op, case.title, ms, launches, calls))
+        for name in (FLOOR, *PREDICTED):
+            cost = roofline.compute_cost(traffic, name, shape, calls)
+            if cost is not None and roofline.covers_step(traffic, name):
+                ms[name], launches[name] = 1e3 * speed.seconds(cost), cost.launches
+        numbers = " / ".join(str(call.number) for call in calls)
+        predictions.append(Prediction(case.title, numbers, ms, launches))
     return predictions
 
 
+def sum_predictions(predictions: Sequence[Prediction]) -> Prediction:
+    """Return the total of all operators."""
+    ms = {n: sum(p.ms[n] for p in predictions) for n in predictions[0].ms}
+    launches = {n: sum(p.launches[n] for p in predictions) for n in predictions[0].launches}
+    return Prediction("total", "", ms, launches)
+
+
 def compute_implied_tokens(
-    traffic: TrafficRecord,
-    ms: float,
-    implementation: str,
-    bytes_per_second: float,
-    launch_seconds: float = LAUNCH_SECONDS,
-    blocks: int = PAPER_BLOCKS,
+    traffic: TrafficRecord, ms: float, implementation: str, speed: Speed
 ) -> int | None:
-    """Return the tokens of a micro-batch with which a step's operators take `ms` milliseconds.
+    """Return the tokens of a micro-batch with which the paper's step takes `ms` milliseconds.
 
     None: the launches take longer than that, or the implementation was not counted.
     """
-    one_token = roofline.scale_to_tokens(traffic, 1)
-    cost = roofline.compute_step_cost(traffic, implementation, one_token, blocks)
+    one_token, calls = roofline.scale_to_tokens(traffic, 1), roofline.step_calls(PAPER_BLOCKS)
+    cost = roofline.compute_cost(traffic, implementation, one_token, calls)
     if cost is None:
         return None
-    tokens = (ms / 1e3 - cost.launches * launch_seconds) * bytes_per_second / cost.bytes
+    seconds = ms / 1e3 - cost.launches * speed.launch_seconds
+    tokens = seconds * speed.bytes_per_second / cost.bytes
     return round(tokens) if tokens >= 1 else None
 
 
@@ -84,56 +81,45 @@ def format_cells(predictions: Sequence[Prediction]) -> tuple[Row, list[Row], Row
     columns = ("operator", "calls fwd/bwd", "floor ms", *(f"{n} ms" for n in PREDICTED))
     columns += ("eager / cuda", f"launches {' / '.join(names)}")
     rows: list[Row] = [
-        (p.title, "{} / {}".format(*p.calls), *_format_figures(p.ms, p.launches, names))
-        for p in predictions
+        (
+            *(p.title, p.calls),
+            *(f"{p.ms[n]:.1f}" if n in p.ms else "-" for n in (FLOOR, *PREDICTED)),
+            f"{p.ms['eager'] / p.ms['cuda']:.2f}x" if "cuda" in p.ms else "-",
+            " / ".join(f"{p.launches[n]:,}" for n in names),
+        )
+        for p in (*predictions, sum_predictions(predictions))
     ]
-    launches = {n: sum(p.launches[n] for p in predictions) for n in predictions[0].launches}
-    return columns, rows, ("total", "", *_format_figures(_sum_ms(predictions), launches, names))
+    return columns, rows[:-1], rows[-1]
 
 
-def _sum_ms(predictions: Sequence[Prediction]) -> dict[str, float]:
-    return {n: sum(p.ms[n] for p in predictions) for n in predictions[0].ms}
-
-
-def _format_figures(
-    ms: Mapping[str, float], launches: Mapping[str, int], names: Sequence[str]
-) -> Row:
-    times = (f"{ms[n]:.1f}" if n in ms else "-" for n in (FLOOR, *PREDICTED))
-    ratio = f"{ms['eager'] / ms['cuda']:.2f}x" if "cuda" in ms else "-"
-    return *times, ratio, " / ".join(f"{launches[n]:,}" for n in names)
-
-
-def format_summary(
-    traffic: TrafficRecord, bandwidths: Mapping[str, Bandwidth]
-) -> tuple[Row, list[Row]]:
-    """Return columns, and the total of a step on each GPU of {GPU: bandwidth}."""
-    tables = {
-        gpu: format_cells(predict_step(traffic, PAPER_TOKENS, bandwidth.bytes_per_second))
-        for gpu, bandwidth in bandwidths.items()
-    }
-    columns = [columns for columns, _, _ in tables.values()][-1]
-    rows: list[Row] = [(gpu.upper(), *total[2:]) for gpu, (_, _, total) in tables.items()]
+def format_summary(traffic: TrafficRecord, speeds: Mapping[str, Speed]) -> tuple[Row, list[Row]]:
+    """Return columns, and the total of a step on each GPU of {GPU: speed}."""
+    columns: Row = ()
+    rows: list[Row] = []
+    for gpu, speed in speeds.items():
+        columns, _, total = format_cells(predict_step(traffic, PAPER_TOKENS, speed))
+        rows.append((gpu.upper(), *total[2:]))
     return ("a step by calculation", *columns[2:]), rows
 
 
 def format_notes(
-    traffic: TrafficRecord,
-    sources: Mapping[str, Run],
-    bandwidth: Bandwidth,
-    launch_seconds: float,
+    traffic: TrafficRecord, sources: Mapping[str, Run], speed: Speed
 ) -> tuple[str, ...]:
     """Return the notes below the table: assumptions, sources, and why a column is missing."""
     names_by_origin: dict[str, list[str]] = {}
     missing = []
     for name in PREDICTED:
         run = sources.get(roofline.backend_of(name))
-        if run is None:
-            missing.append(f"{name}: {_missing_reason(traffic, name)}")
-        else:
+        if run is not None:
             names_by_origin.setdefault(roofline.describe_origin(run), []).append(name)
+        elif name == "published":
+            missing.append(f"{name}: not counted in any committed record; run {COUNT_PUBLISHED}")
+        else:
+            reason = traffic.missing.get(name) or "not counted; run python -m bench traffic"
+            missing.append(f"{name}: {reason}")
     return (
-        f"Bandwidth {_terabytes(bandwidth)}: {bandwidth.source}. "
-        f"Each launch costs {1e6 * launch_seconds:g} us, assumed; the floor has no launches.",
+        f"Bandwidth {_terabytes(speed)}: {speed.source}. "
+        f"Each launch costs {1e6 * speed.launch_seconds:g} us, assumed; the floor has no launches.",
         *(
             f"Bytes and launches of {', '.join(names)}: {origin}."
             for origin, names in names_by_origin.items()
@@ -145,63 +131,51 @@ def format_notes(
     )
 
 
-def _terabytes(bandwidth: Bandwidth) -> str:
-    return f"{bandwidth.bytes_per_second / 1e12:.3f} TB/s"
+def _terabytes(speed: Speed) -> str:
+    return f"{speed.bytes_per_second / 1e12:.3f} TB/s"
 
 
-def _missing_reason(traffic: TrafficRecord, name: str) -> str:
-    if name == "published":
-        return f"not counted in any committed record; run {COUNT_PUBLISHED}"
-    return traffic.missing.get(name) or "not counted; run python -m bench traffic"
-
-
-def describe_paper(
-    traffic: TrafficRecord, bandwidth: Bandwidth, launch_seconds: float
-) -> list[str]:
+def describe_paper(traffic: TrafficRecord, speed: Speed) -> list[str]:
     """Return lines on the paper's two figures on an H100: tokens that they imply, and predictions.
 
     Once with bytes only, once with launches.
     """
-    eager, fused = PAPER_MS["eager"], PAPER_MS["fused"]
     lines = [
-        f"Tokens for which eager operators take the paper's {eager} ms (the time of its kernels), "
-        "if they move the bytes that this project's definitions move, at an H100's "
-        f"{_terabytes(bandwidth)} ({bandwidth.source}):"
+        f"Tokens for which eager operators take the paper's {PAPER_MS['eager']} ms (the time of "
+        "its kernels), if they move the bytes that this project's definitions move, at an H100's "
+        f"{_terabytes(speed)} ({speed.source}):",
+        f"with bytes only: {_describe_implied(traffic, replace(speed, launch_seconds=0.0))}",
     ]
-    for launch in dict.fromkeys((0.0, launch_seconds)):
-        speed = bandwidth.bytes_per_second, launch
-        assumption = f"with {1e6 * launch:g} us per launch" if launch else "with bytes only"
-        tokens = compute_implied_tokens(traffic, eager, "eager", *speed)
-        if tokens is None:
-            lines.append(f"{assumption}: none, the launches take longer than that.")
-            continue
-        ms = _sum_ms(predict_step(traffic, tokens, *speed))
-        samples = tokens / roofline.read_shape(traffic.run).T
-        times = ", ".join(f"{n} {value:.1f} ms" for n, value in ms.items() if n != "eager")
-        lines.append(
-            f"{assumption}: {tokens:,} tokens per GPU and micro-batch ({samples:.0f} samples), "
-            f"with predictions {times}.{_describe_published(traffic, ms, speed)}"
-        )
+    if speed.launch_seconds:
+        launch = f"{1e6 * speed.launch_seconds:g} us per launch"
+        lines.append(f"with {launch}: {_describe_implied(traffic, speed)}")
     if not roofline.covers_step(traffic, "published"):
         lines.append(
-            f"The paper's {fused} ms of its own kernels have no prediction until these are "
-            f"counted: {COUNT_PUBLISHED}"
+            f"The paper's {PAPER_MS['fused']} ms of its own kernels have no prediction until these "
+            f"are counted: {COUNT_PUBLISHED}"
         )
     return lines
 
 
-def _describe_published(
-    traffic: TrafficRecord, ms: Mapping[str, float], speed: tuple[float, float]
-) -> str:
-    """Return a sentence that compares the paper's time of its kernels with their prediction."""
+def _describe_implied(traffic: TrafficRecord, speed: Speed) -> str:
+    tokens = compute_implied_tokens(traffic, PAPER_MS["eager"], "eager", speed)
+    if tokens is None:
+        return "none, the launches take longer than that."
+    ms = sum_predictions(predict_step(traffic, tokens, speed)).ms
+    samples = tokens / roofline.read_shape(traffic.run).T
+    times = ", ".join(f"{n} {value:.1f} ms" for n, value in ms.items() if n != "eager")
+    text = (
+        f"{tokens:,} tokens per GPU and micro-batch ({samples:.0f} samples), with predictions "
+        f"{times}."
+    )
     if "published" not in ms:
-        return ""
+        return text
     paper = PAPER_MS["fused"]
-    tokens = compute_implied_tokens(traffic, paper, "published", *speed)
+    tokens = compute_implied_tokens(traffic, paper, "published", speed)
     implied = f"would imply {tokens:,} tokens" if tokens else "are less than their launches take"
     return (
-        f" The paper's {paper} ms of its own kernels are {paper / ms['published']:.2f} times their "
-        f"prediction, and {implied}."
+        f"{text} The paper's {paper} ms of its own kernels are {paper / ms['published']:.2f} times "
+        f"their prediction, and {implied}."
     )
 
 
@@ -216,18 +190,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu", choices=roofline.DATASHEET, default="h100", help="GPU whose bandwidth is used"
     )
-    parser.add_argument(
-        "--tokens",
-        type=opt.positive,
-        default=PAPER_TOKENS,
-        help="tokens of a micro-batch on one GPU",
-    )
-    parser.add_argument(
-        "--blocks",
-        type=opt.positive,
-        default=PAPER_BLOCKS,
-        help="transformer blocks, 3/4 of them recomputed",
-    )
+    opt.add_count(parser, "--tokens", "tokens of a micro-batch on one GPU", PAPER_TOKENS)
+    opt.add_count(parser, "--blocks", "transformer blocks, 3/4 of them recomputed", PAPER_BLOCKS)
     parser.add_argument(
         "--launch-us",
         type=microseconds,
@@ -242,21 +206,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run_command(args: argparse.Namespace) -> None:
     records = record_files.read_folder(record_files.RESULTS)
     traffic, sources = roofline.merge_newest_counts(records)
-    launch = args.launch_us / 1e6
-    bandwidth = roofline.find_bandwidth(args.gpu, records)
-    predictions = predict_step(
-        traffic, args.tokens, bandwidth.bytes_per_second, launch, args.blocks
-    )
+    launch_seconds = args.launch_us / 1e6
+    speed = roofline.find_speed(args.gpu, records, launch_seconds)
     console = opt.make_console()
     title = f"Predicted step: {args.gpu.upper()}, {args.tokens:,} tokens, {args.blocks} blocks"
-    columns, rows, total = format_cells(predictions)
-    notes = format_notes(traffic, sources, bandwidth, launch)
+    columns, rows, total = format_cells(predict_step(traffic, args.tokens, speed, args.blocks))
+    notes = format_notes(traffic, sources, speed)
     console.print(text_tables.build_table(title, columns, rows, notes, total))
-    for line in describe_paper(traffic, roofline.find_bandwidth("h100", records), launch):
+    for line in describe_paper(traffic, roofline.find_speed("h100", records, launch_seconds)):
         console.print(line, highlight=False)
     measured = records if args.all else comparison.select_newest(records)
-    comparisons = comparison.compare_records(measured, traffic, launch)
-    for device, group in comparison.group_by_device(comparisons).items():
-        columns, rows = comparison.format_cells(group)
+    comparisons = comparison.compare_records(measured, traffic, launch_seconds)
+    columns, notes = comparison.COMPARISON_COLUMNS, comparison.COMPARISON_NOTES
+    for device, rows in comparison.format_cells(comparisons).items():
         title = f"Measured and predicted, {device}"
-        console.print(text_tables.build_table(title, columns, rows, comparison.COMPARISON_NOTES))
+        console.print(text_tables.build_table(title, columns, rows, notes))

@@ -7,13 +7,13 @@ a record of the GPU, or from its datasheet if there is none.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 
-from bench.cases import CASES, PROFILE, Case, Shape, calls_per_step
+from bench.cases import CASES, CASES_BY_OP, PROFILE, Case, Shape, calls_per_step
 from bench.common import records as record_files
 from bench.common.records import Run
 from bench.static.traffic_record import TrafficRecord
@@ -35,12 +35,12 @@ FLOOR = "floor"  # every tensor once, without launches
 STEP_OPERATORS = tuple(case for case in PROFILE if case.part_of is None)
 
 
-@dataclass(frozen=True)
-class Bandwidth:
-    """Bytes per second of a copy, and the source of the figure."""
+class Calls(NamedTuple):
+    """A number of calls of an operator in one direction."""
 
-    bytes_per_second: float
-    source: str
+    op: str
+    direction: str
+    number: int = 1
 
 
 class Cost(NamedTuple):
@@ -49,12 +49,23 @@ class Cost(NamedTuple):
     bytes: float
     launches: int
 
-    def seconds(self, bytes_per_second: float, launch_seconds: float) -> float:
-        return self.launches * launch_seconds + self.bytes / bytes_per_second
+
+@dataclass(frozen=True)
+class Speed:
+    """Bytes per second of a copy, the source of that figure, and seconds per launch."""
+
+    bytes_per_second: float
+    source: str
+    launch_seconds: float = LAUNCH_SECONDS
+
+    def seconds(self, cost: Cost) -> float:
+        return cost.launches * self.launch_seconds + cost.bytes / self.bytes_per_second
 
 
-def find_bandwidth(gpu: str, records: Sequence[JsonRecord]) -> Bandwidth:
-    """Return the bandwidth of "h100" or "h200": the newest that was measured, else the datasheet's.
+def find_speed(
+    gpu: str, records: Sequence[JsonRecord], launch_seconds: float = LAUNCH_SECONDS
+) -> Speed:
+    """Return the speed of "h100" or "h200": the newest measured bandwidth, else the datasheet's.
 
     MIG slices do not count, since they have a share of the bandwidth, nor does GH200, another GPU.
     """
@@ -63,9 +74,9 @@ def find_bandwidth(gpu: str, records: Sequence[JsonRecord]) -> Bandwidth:
         matches = re.search(rf"\b{gpu}\b", device, re.IGNORECASE) and "MIG" not in device
         if matches and "copy_bytes_per_second" in record:
             source = f"measured on {device} ({describe_origin(record['run'])})"
-            return Bandwidth(record["copy_bytes_per_second"], source)
+            return Speed(record["copy_bytes_per_second"], source, launch_seconds)
     source = f"{COPY_SHARE:.0%} of the datasheet's {DATASHEET[gpu] / 1e12:g} TB/s, assumed"
-    return Bandwidth(COPY_SHARE * DATASHEET[gpu], source)
+    return Speed(COPY_SHARE * DATASHEET[gpu], source, launch_seconds)
 
 
 def describe_origin(run: Run) -> str:
@@ -117,7 +128,7 @@ def backend_of(implementation: str) -> str:
 
 def covers_step(traffic: TrafficRecord, implementation: str) -> bool:
     """Return whether every operator of a step was counted in an implementation."""
-    return compute_step_cost(traffic, implementation, read_shape(traffic.run), 1) is not None
+    return compute_cost(traffic, implementation, read_shape(traffic.run), step_calls(1)) is not None
 
 
 def read_shape(run: Run) -> Shape:
@@ -130,44 +141,39 @@ def scale_to_tokens(traffic: TrafficRecord, tokens: int) -> Shape:
     return replace(read_shape(traffic.run), B=1, segments=(tokens,))
 
 
-def compute_call_cost(
-    traffic: TrafficRecord, op: str, direction: str, implementation: str, shape: Shape
+def step_calls(blocks: int, operators: Sequence[Case] = STEP_OPERATORS) -> list[Calls]:
+    """Return the calls of operators in an optimizer step of one micro-batch."""
+    return [
+        Calls(case.op, direction, number)
+        for case in operators
+        for direction, number in zip(DIRECTIONS, calls_per_step(case, blocks), strict=True)
+    ]
+
+
+def compute_cost(
+    traffic: TrafficRecord, implementation: str, shape: Shape, calls: Iterable[Calls]
 ) -> Cost | None:
-    """Return the cost of one call at a shape, or None if it was not counted.
+    """Return the cost of calls at a shape, or None if one was not counted.
 
     The counted passes scale with those that must move: SwiGLU's with F / D. What a launch loads
     again comes from a cache. An operator that the implementation lacks costs the sum of the
     operators that it would replace.
     """
-    case = next((c for c in CASES if c.op == op), None)
-    if case is None:
-        return None
-    must_move = getattr(case, direction)
-    if implementation == FLOOR:
-        return Cost(must_move(shape) * shape.pass_bytes, 0)
-    column = backend_of(implementation), direction
-    rows = {row.op: row for row in traffic.rows if (row.backend, row.direction) == column}
-    parts = [op] if op in rows else [c.op for c in CASES if c.part_of == op]
-    if not parts or not rows.keys() >= set(parts):
-        return None
-    passes = sum(rows[part].memory for part in parts)
-    scale = must_move(shape) / must_move(read_shape(traffic.run))
-    return Cost(passes * scale * shape.pass_bytes, sum(rows[part].launches for part in parts))
-
-
-def compute_step_cost(
-    traffic: TrafficRecord,
-    implementation: str,
-    shape: Shape,
-    blocks: int,
-    operators: Sequence[Case] = STEP_OPERATORS,
-) -> Cost | None:
-    """Return the cost of operators in an optimizer step of one micro-batch, or None."""
     moved, launches = 0.0, 0
-    for case in operators:
-        for direction, calls in zip(DIRECTIONS, calls_per_step(case, blocks), strict=True):
-            cost = compute_call_cost(traffic, case.op, direction, implementation, shape)
-            if cost is None:
-                return None
-            moved, launches = moved + calls * cost.bytes, launches + calls * cost.launches
+    for op, direction, number in calls:
+        if op not in CASES_BY_OP:
+            return None
+        must_move = getattr(CASES_BY_OP[op], direction)
+        if implementation == FLOOR:
+            moved += number * must_move(shape) * shape.pass_bytes
+            continue
+        column = backend_of(implementation), direction
+        rows = {row.op: row for row in traffic.rows if (row.backend, row.direction) == column}
+        parts = [op] if op in rows else [c.op for c in CASES if c.part_of == op]
+        if not parts or not rows.keys() >= set(parts):
+            return None
+        passes = sum(rows[part].memory for part in parts)
+        scale = must_move(shape) / must_move(read_shape(traffic.run))
+        moved += number * passes * scale * shape.pass_bytes
+        launches += number * sum(rows[part].launches for part in parts)
     return Cost(moved, launches)

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.cases import CASES, Case, Function, Inputs, Shape, calls_per_step
 from bench.common import options as opt
-from bench.common import records
+from bench.common import records, text_tables
 from bench.common.accuracy import results_and_gradients
 from bench.common.machine import describe_run
 from bench.measure import implementations
@@ -54,46 +54,40 @@ def measure(
     """
     triton_interpreter.use()
     run = describe_run(shape)
-    with cuda_emulator.using():
-        reasons = {
-            b: _backends.find_missing(b, _backends.OPS[0], "cpu") for b in _backends.BACKENDS
-        }
+    with cuda_emulator.using(cuda_emulator.Emulator()):
+        every, op = _backends.BACKENDS, _backends.OPS[0]
+        reasons = {backend: _backends.find_missing(backend, op, "cpu") for backend in every}
     available = [b for b, reason in reasons.items() if reason is None]
     selected = [(case, _select_backends(case, available, shape, published)) for case in cases]
     steps = sum(len(backends) for _, backends in selected)
     rows = []
     for case, backends in selected:
         inputs = case.example(shape)
-        counters = {}
+        in_total = case.profiled and case.part_of is None
+        calls = calls_per_step(case, PAPER_BLOCKS) if in_total else (0, 0)
         for backend in backends:
             progress(f"{case.title}, {backend}", steps)
-            counters[backend] = count(case, backend, inputs, published)
-        rows += _list_counts(case, shape, counters)
+            counters = count(case, backend, inputs, published)
+            for (direction, counter), number in zip(counters.items(), calls, strict=True):
+                rows.append(_count_passes(case, shape, backend, direction, counter, number))
     return TrafficRecord(run, rows, {b: reason for b, reason in reasons.items() if reason})
 
 
-def _list_counts(
-    case: Case, shape: Shape, counters: dict[str, dict[str, ByteCounter]]
-) -> list[TrafficCount]:
-    """Return a row for each direction and backend: {backend: {direction: counter}} in passes."""
-    in_total = case.profiled and case.part_of is None
-    calls = calls_per_step(case, PAPER_BLOCKS) if in_total else (0, 0)
-    return [
-        TrafficCount(
-            op=case.op,
-            title=case.title,
-            direction=direction,
-            backend=backend,
-            must_move=getattr(case, direction)(shape),
-            read=counter[direction].read / shape.pass_bytes,
-            written=counter[direction].written / shape.pass_bytes,
-            launches=counter[direction].launches,
-            calls=direction_calls,
-            tensors=counter[direction].tensors / shape.pass_bytes,
-        )
-        for direction, direction_calls in zip(("fwd", "bwd"), calls, strict=True)
-        for backend, counter in counters.items()
-    ]
+def _count_passes(
+    case: Case, shape: Shape, backend: str, direction: str, counter: ByteCounter, calls: int
+) -> TrafficCount:
+    return TrafficCount(
+        op=case.op,
+        title=case.title,
+        direction=direction,
+        backend=backend,
+        must_move=getattr(case, direction)(shape),
+        read=counter.read / shape.pass_bytes,
+        written=counter.written / shape.pass_bytes,
+        launches=counter.launches,
+        calls=calls,
+        tensors=counter.tensors / shape.pass_bytes,
+    )
 
 
 def _select_backends(
@@ -179,6 +173,7 @@ def run_command(args: argparse.Namespace) -> None:
     shape, published = opt.chosen_shape(args, "cpu"), implementations.chosen_checkout(args)
     with opt.show_progress("traffic") as progress:
         record = measure(shape, progress, opt.chosen_cases(args.op), published)
-    opt.make_console().print(traffic_record.build_table(record))
-    if args.json:
-        records.append(record.to_json(), args.json)
+    columns, rows, total = traffic_record.format_cells(record)
+    title, notes = "Bytes moved by one call", traffic_record.format_notes(record)
+    opt.make_console().print(text_tables.build_table(title, columns, rows, notes, total))
+    records.append(record.to_json(), args.json)

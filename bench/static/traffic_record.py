@@ -1,13 +1,10 @@
 """The record of `python -m bench traffic`, and its table."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
-
-from rich.table import Table as TerminalTable
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from bench.common import text_tables
-from bench.common.records import Run
+from bench.common.records import Record
 from bench.common.text_tables import NOTHING, Row
 
 PAPER_BLOCKS = 400  # blocks of the step whose calls are counted
@@ -39,20 +36,12 @@ class TrafficCount:
 
 
 @dataclass(frozen=True)
-class TrafficRecord:
+class TrafficRecord(Record):
     """The counts of one run, and {backend: reason why it was not counted}."""
 
-    run: Run
+    kind = "traffic"
     rows: list[TrafficCount]
     missing: dict[str, str]
-
-    def to_json(self) -> dict[str, Any]:
-        return {"kind": "traffic", **asdict(self)}
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> "TrafficRecord":
-        rows = [TrafficCount(**row) for row in record["rows"]]
-        return cls(record["run"], rows, record["missing"])
 
     @property
     def backends(self) -> list[str]:
@@ -115,19 +104,10 @@ def format_notes(record: TrafficRecord) -> tuple[str, ...]:
 
 def _carried_mean_note(record: TrafficRecord) -> str:
     """Return the passes that Triton's merges save in a step if they carry the mean."""
-    plain, carried = "mvsplit_rmsnorm", "mvsplit_rmsnorm_with_mean"
-    merges = [r for r in record.rows if r.backend == "triton" and r.op in (plain, carried)]
-    if {row.op for row in merges} != {plain, carried}:
+    rows = [row for row in record.rows if row.backend == "triton"]
+    plain = [row for row in rows if row.op == "mvsplit_rmsnorm"]
+    carried = [row for row in rows if row.op == "mvsplit_rmsnorm_with_mean"]
+    if not plain or not carried:
         return ""
-    calls = {row.direction: row.calls for row in merges if row.op == plain}
-    saved = sum(
-        (row.passes if row.op == plain else -row.passes) * calls.get(row.direction, 0)
-        for row in merges
-    )
+    saved = sum((p.passes - c.passes) * p.calls for p, c in zip(plain, carried, strict=True))
     return f" Merges that carry the mean move {saved:,.0f} fewer passes in triton."
-
-
-def build_table(record: TrafficRecord) -> TerminalTable:
-    columns, rows, total = format_cells(record)
-    title, notes = "Bytes moved by one call", format_notes(record)
-    return text_tables.build_table(title, columns, rows, notes, total)

@@ -26,20 +26,22 @@ def use() -> None:
             "Triton was imported to compile its kernels; "
             "set TRITON_INTERPRET=1 before Python starts"
         )
-    _round_to_nearest()
-    _keep_masks_boolean()
+    _correct_interpreter()
 
 
-def _round_to_nearest() -> None:
-    """Make the interpreter round float32 to bfloat16 to nearest even, as a GPU does.
+def _correct_interpreter() -> None:
+    """Replace two methods of Triton's interpreter, once; compiled kernels are not affected.
 
-    It truncates: up to twice the error of a GPU, and always towards zero. Its own conversions
-    between the two also take most of its time.
+    cast_impl     truncates float32 to bfloat16, with up to twice the error of a GPU and always
+                  towards zero: the replacement rounds to nearest even. It is also faster, since the
+                  original's conversions between the two take most of the interpreter's time.
+    create_splat  of Triton 3.9 converts a scalar condition to integers when it is combined with a
+                  mask, and loads then refuse the mask: the replacement keeps it boolean.
     """
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    convert = InterpreterBuilder.cast_impl
+    convert, splat = InterpreterBuilder.cast_impl, InterpreterBuilder.create_splat
     if convert.__module__ == __name__:  # already replaced
         return
 
@@ -52,28 +54,13 @@ def _round_to_nearest() -> None:
             return TensorHandle((src.data.astype("uint32") << 16).view("float32"), tl.float32)
         return convert(self, src, dst_type)
 
-    InterpreterBuilder.cast_impl = cast
-
-
-def _keep_masks_boolean() -> None:
-    """Keep a scalar condition boolean when it is combined with a mask.
-
-    Triton 3.9's interpreter converts it to integers, and its loads then refuse the mask. Compiled
-    kernels are not affected.
-    """
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    splat = InterpreterBuilder.create_splat
-    if splat.__module__ == __name__:  # already replaced
-        return
-
     def create_splat(self: Any, dtype: Any, scalar: Any) -> Any:
         block = splat(self, dtype, scalar)
         if scalar.data.dtype == bool:
             block.data = block.data.astype(bool)
         return block
 
-    InterpreterBuilder.create_splat = create_splat
+    InterpreterBuilder.cast_impl, InterpreterBuilder.create_splat = cast, create_splat
 
 
 @contextlib.contextmanager
@@ -82,12 +69,8 @@ def count_bytes(counter: ByteCounter) -> Iterator[ByteCounter]:
     from triton.runtime import interpreter
 
     builder, executor = interpreter.interpreter_builder, interpreter.GridExecutor
-    load, store, atomic, run = (
-        builder.create_masked_load,
-        builder.create_masked_store,
-        builder.create_atomic_rmw,
-        executor.__call__,
-    )
+    load, store = builder.create_masked_load, builder.create_masked_store
+    atomic, run = builder.create_atomic_rmw, executor.__call__
 
     def accessed_bytes(pointers: Any, mask: Any) -> int:
         return int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8

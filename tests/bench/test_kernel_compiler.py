@@ -13,7 +13,8 @@ import pytest
 from bench.__main__ import main
 from bench.cases import CASES, Shape
 from bench.static import kernel_compiler
-from bench.static.kernel_compiler import ARCHITECTURES, CompiledKernel, compile_kernels
+from bench.static.kernel_compiler import ARCHITECTURES, compile_kernels
+from bench.static.kernel_resources import ResourceRecord
 from mvsplit_ops import _backends
 from mvsplit_ops._cuda import compile
 
@@ -52,10 +53,7 @@ def run_compiler(*command):
 @pytest.fixture(scope="module")
 def triton_kernels():
     records = json.loads(run_compiler(sys.executable, "-c", COMPILE_TRITON))
-    for record in records:
-        for accesses in ("loads", "stores"):
-            record[accesses] = {int(bits): n for bits, n in record[accesses].items()}
-    return [CompiledKernel(**record) for record in records]
+    return ResourceRecord.from_json({"run": {}, "rows": records, "missing": {}}).rows
 
 
 def test_every_operator_is_compiled_for_every_architecture(triton_kernels):

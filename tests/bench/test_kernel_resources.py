@@ -12,7 +12,7 @@ from bench.cases import CASES, Shape
 from bench.common import records
 from bench.static import kernel_compiler, kernel_resources
 from bench.static.kernel_compiler import CompiledKernel, record_kernel_ops
-from bench.static.kernel_resources import KernelResources, ResourceRecord
+from bench.static.kernel_resources import ResourceRecord
 from bench.static.occupancy import RESIDENCY, Occupancy, compute_occupancy, get_limits
 from mvsplit_ops._cuda import catalogue
 from mvsplit_ops._cuda.launch import LIMITS
@@ -107,10 +107,10 @@ def test_the_widest_rows_fit_on_a_line():
     sizes = 100, 256, 128, 0, 103488, 16
     widest = CompiledKernel(
         *("mvsplit_rmsnorm_with_mean bwd", "triton", "sweep_gradients", *sizes),
-        *({128: 94, 32: 31}, {128: 10, 32: 29}, 0, 0.1),
+        *({128: 94, 32: 31}, {128: 10, 32: 29}, 0, 0.1, 2, "shared memory", 0.5),
     )
     run = {"shape": vars(Shape(dtype=torch.bfloat16)), "triton": "3.5", "cuda_compiler": None}
-    record = ResourceRecord(run, [KernelResources.from_kernel(widest)], {})
+    record = ResourceRecord(run, [widest], {})
     (row,) = (line for line in render_table(record).splitlines() if "sweep_gradients" in line)
     assert "mvsplit_rmsnorm_with_mean bwd" in row and "128x94 32x31" in row
 

@@ -30,8 +30,8 @@ def test_accesses_are_counted_by_width_in_machine_code():
         /*0150*/ LDS.128 R12, [R5] ;
         /*0160*/ STG.E.64 desc[UR6][R2.64], R8 ;
     """
-    assert count_sass_accesses(code, "LD") == {128: 2, 32: 1, 16: 1}
-    assert count_sass_accesses(code, "ST") == {64: 1}
+    assert count_sass_accesses(code, "ld") == {128: 2, 32: 1, 16: 1}
+    assert count_sass_accesses(code, "st") == {64: 1}
 
 
 def test_only_bulk_copies_to_shared_memory_are_counted():

@@ -13,6 +13,7 @@ from bench.common import records
 from bench.static import comparison, predict, roofline
 from bench.static.comparison import compare_records
 from bench.static.predict import compute_implied_tokens
+from bench.static.roofline import Calls, Speed
 from bench.static.traffic_record import TrafficCount, TrafficRecord
 from model.config import preset
 
@@ -43,6 +44,10 @@ def make_counts(backend, passes):
 def make_traffic(**columns):
     rows = [row for backend, passes in columns.items() for row in make_counts(backend, passes)]
     return TrafficRecord(run(), rows, {})
+
+
+def speed_of(bytes_per_second, launch_seconds=0.0):
+    return Speed(bytes_per_second, "assumed", launch_seconds)
 
 
 H100 = {"device": "NVIDIA H100 80GB HBM3", "threads": 4, "capability": [9, 0]}
@@ -96,10 +101,11 @@ def run_command(capsys, *args):
 
 def test_a_step_takes_the_bytes_over_the_bandwidth_and_the_launches_of_its_calls():
     traffic = make_traffic(reference=ONE, cuda=ONE)
-    predictions = predict.predict_step(traffic, 1000, 1e12, 5e-6, blocks=4)
-    assert [row.op for row in predictions] == ["rope_qk_norm", "swiglu", "mvsplit_rmsnorm"]
+    predictions = predict.predict_step(traffic, 1000, speed_of(1e12, 5e-6), blocks=4)
+    titles = [CASE[op].title for op in ("rope_qk_norm", "swiglu", "mvsplit_rmsnorm")]
+    assert [row.title for row in predictions] == titles
     merge = predictions[-1]
-    assert merge.calls == (14, 8) and merge.launches["cuda"] == 22 * LAUNCHES
+    assert merge.calls == "14 / 8" and merge.launches["cuda"] == 22 * LAUNCHES
     moved = (14 * 1 + 8 * 2) * 1000 * 1024 * 2
     assert merge.ms["cuda"] == pytest.approx(1e3 * moved / 1e12 + 22 * LAUNCHES * 5e-3)
     assert merge.ms["eager"] == merge.ms["cuda"]
@@ -110,11 +116,10 @@ def test_a_step_takes_the_bytes_over_the_bandwidth_and_the_launches_of_its_calls
 
 def test_an_operator_without_a_row_costs_the_sum_of_those_it_would_replace():
     traffic = make_traffic(published=PUBLISHED, reference=ONE)
-    moved, launches = roofline.compute_call_cost(
-        traffic, "rope_qk_norm", "bwd", "published", Shape()
-    )
+    calls = [Calls("rope_qk_norm", "bwd")]
+    moved, launches = roofline.compute_cost(traffic, "published", Shape(), calls)
     assert (moved, launches) == (pytest.approx(10 * Shape().pass_bytes), 2 * LAUNCHES)
-    moved, launches = roofline.compute_call_cost(traffic, "rope_qk_norm", "bwd", "eager", Shape())
+    moved, launches = roofline.compute_cost(traffic, "eager", Shape(), calls)
     assert (moved, launches) == (pytest.approx(2 * Shape().pass_bytes), LAUNCHES)
     without = {op: pair for op, pair in PUBLISHED.items() if op != "rope"}
     assert not roofline.covers_step(make_traffic(published=without), "published")
@@ -122,23 +127,21 @@ def test_an_operator_without_a_row_costs_the_sum_of_those_it_would_replace():
 
 def test_passes_grow_with_those_that_must_move():
     narrow = Shape(B=2, segments=(100,), D=512, F=512)
-    moved, _ = roofline.compute_call_cost(make_traffic(cuda=ONE), "swiglu", "fwd", "cuda", narrow)
+    traffic, calls = make_traffic(cuda=ONE), [Calls("swiglu", "fwd")]
+    moved, _ = roofline.compute_cost(traffic, "cuda", narrow, calls)
     assert moved == pytest.approx(2 * 100 * 512 * 2 / 3)  # F / D is a third of the counted
-    assert (
-        roofline.compute_call_cost(make_traffic(cuda=ONE), "new_op", "fwd", "cuda", narrow) is None
-    )
+    assert roofline.compute_cost(traffic, "cuda", narrow, [Calls("new_op", "fwd")]) is None
 
 
 def test_the_papers_figures_imply_about_eight_thousand_tokens():
     traffic = make_traffic(reference=FALLBACK, published=PUBLISHED)
-    speed = 0.8 * 3.35e12
-    one_token = roofline.compute_step_cost(
-        traffic, "eager", roofline.scale_to_tokens(traffic, 1), 400
-    )
+    speed = speed_of(0.8 * 3.35e12)
+    shape = roofline.scale_to_tokens(traffic, 1)
+    one_token = roofline.compute_cost(traffic, "eager", shape, roofline.step_calls(400))
     assert one_token.bytes == pytest.approx(265_900 * 2048, rel=1e-3)
-    tokens = compute_implied_tokens(traffic, 1697.4, "eager", speed, 0)
+    tokens = compute_implied_tokens(traffic, 1697.4, "eager", speed)
     assert 8_300 < tokens < 8_400
-    predictions = predict.predict_step(traffic, tokens, speed, 0)
+    predictions = predict.predict_step(traffic, tokens, speed)
     assert sum(row.ms["eager"] for row in predictions) == pytest.approx(1697.4, rel=1e-3)
     assert sum(row.ms["published"] for row in predictions) == pytest.approx(225, abs=2)
     assert sum(row.ms["floor"] for row in predictions) == pytest.approx(165, abs=2)
@@ -147,10 +150,11 @@ def test_the_papers_figures_imply_about_eight_thousand_tokens():
 def test_launches_reduce_the_implied_tokens_or_leave_none():
     traffic = make_traffic(reference=FALLBACK)
     without, with_them, never = (
-        compute_implied_tokens(traffic, 1697.4, "eager", 3e12, launch) for launch in (0, 2e-6, 1e-3)
+        compute_implied_tokens(traffic, 1697.4, "eager", speed_of(3e12, launch))
+        for launch in (0, 2e-6, 1e-3)
     )
     assert with_them < without and never is None
-    assert compute_implied_tokens(traffic, 614.0, "published", 3e12, 0) is None
+    assert compute_implied_tokens(traffic, 614.0, "published", speed_of(3e12)) is None
 
 
 def test_a_measured_bandwidth_has_precedence_over_the_datasheet(results):
@@ -161,10 +165,10 @@ def test_a_measured_bandwidth_has_precedence_over_the_datasheet(results):
         machine_record(device="NVIDIA H100 80GB HBM3 MIG 1g.10gb"),
     ]
     stored = results(machine_record(), older, *others)
-    h100 = roofline.find_bandwidth("h100", stored)
+    h100 = roofline.find_speed("h100", stored)
     assert h100.bytes_per_second == 3e12
     assert h100.source.startswith("measured on NVIDIA H100 80GB HBM3 (made.jsonl, 2026-01-02")
-    h200 = roofline.find_bandwidth("h200", stored)
+    h200 = roofline.find_speed("h200", stored)
     assert h200.bytes_per_second == pytest.approx(0.9 * 4.8e12) and "datasheet" in h200.source
 
 
@@ -180,7 +184,7 @@ def test_a_backend_that_the_newest_count_lacks_comes_from_an_older_one_of_its_sh
     merged, sources = roofline.merge_newest_counts(stored)
     assert set(sources) == {"reference", "published", "cuda"}
     assert sources["published"]["date"] < sources["cuda"]["date"]
-    eager = roofline.compute_call_cost(merged, "swiglu", "fwd", "eager", Shape())
+    eager = roofline.compute_cost(merged, "eager", Shape(), [Calls("swiglu", "fwd")])
     assert eager.bytes == pytest.approx(15 * Shape().pass_bytes)
 
 
@@ -194,21 +198,21 @@ def test_without_a_count_of_the_profile_one_line_names_the_command(results, caps
 def test_launches_cost_nothing_on_a_cpu():
     traffic = make_traffic(reference=FALLBACK, cpu=ONE)
     first, *others = compare_records([profile_record()], traffic, launch_seconds=1)
-    assert [(c.implementation, c.direction) for c in (first, *others)] == [
+    assert [(c.measured.implementation, c.measured.direction) for c in (first, *others)] == [
         *[("eager", "fwd"), ("eager", "bwd"), ("cpu", "fwd"), ("cpu", "bwd")]
     ]
     predicted = 15 * Shape().pass_bytes / 1e10
     assert first.predicted_seconds == pytest.approx(predicted)
-    assert first.measured_seconds == 4e-3 and first.ratio == pytest.approx(4e-3 / predicted)
+    assert first.measured.seconds == 4e-3 and first.ratio == pytest.approx(4e-3 / predicted)
     assert first.device == "A CPU, 2 threads" and first.source.startswith("profile, 2026")
 
 
 def test_failed_and_uncounted_columns_are_left_out_and_launches_count_on_a_gpu():
     forward, backward = compare_records([ops_record()], make_traffic(cuda=ONE), launch_seconds=2e-6)
-    assert {forward.implementation, backward.implementation} == {"cuda"}
+    assert {forward.measured.implementation, backward.measured.implementation} == {"cuda"}
     predicted = Shape().pass_bytes / 4e12 + LAUNCHES * 2e-6
     assert forward.predicted_seconds == pytest.approx(predicted)
-    assert backward.measured_seconds == 2e-4 and backward.direction == "bwd"
+    assert backward.measured.seconds == 2e-4 and backward.measured.direction == "bwd"
 
 
 def test_records_of_another_dtype_are_not_compared():
@@ -227,12 +231,13 @@ def test_a_step_in_the_loop_is_compared_at_the_copy_bandwidth_of_its_machine():
         )
     ]
     loop = {"kind": "in_loop", "run": run(**H100, preset="tiny", config=config), "rows": rows}
+    loop |= {"step_ms": {}, "ranges_ms": {}}
     stored = [machine_record(), profile_record(), loop]
     (row,) = compare_records(stored, make_traffic(cuda=ONE), launch_seconds=1e-6)
     tiny = Shape(B=3, segments=(64, 4), D=64, H=4, F=192)
     moved = 2 * (14 + 8 * 2) * tiny.pass_bytes
     assert row.predicted_seconds == pytest.approx(moved / 3e12 + 2 * 22 * LAUNCHES * 1e-6)
-    assert row.measured_seconds == pytest.approx(80e-3) and row.direction == "step"
+    assert row.measured.seconds == pytest.approx(80e-3) and row.measured.direction == "step"
     assert compare_records([loop], make_traffic(cuda=ONE)) == []  # no record has the machine's copy
 
 

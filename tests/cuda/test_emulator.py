@@ -22,7 +22,7 @@ def run(tmp_path):
     """Run the body of a kernel on 64 threads, or as `launch` says, and return `out`."""
 
     def run_body(body, values=None, n=64, **launch):
-        cuda_emulator._loaded.clear()  # each toy.cu is a different kernel
+        cuda_emulator._load_kernels.cache_clear()  # each toy.cu is a different kernel
         (tmp_path / "toy.cu").write_text(HEADER + "KERNEL(toy, Args, 128, 1) {" + body + "}")
         emulator = cuda_emulator.Emulator(folder=tmp_path)
         for _ in range(2):  # the threads in ascending and descending order
@@ -216,7 +216,7 @@ def test_a_compile_error_shows_the_command_and_the_line(run):
 
 def test_kernels_read_strided_tensors():
     memory = torch.randn(5, 96, dtype=torch.bfloat16)
-    with cuda_emulator.using() as emulator:
+    with cuda_emulator.using(cuda_emulator.Emulator()) as emulator:
         assert torch.equal(swiglu_fwd(memory[:, :48]), swiglu_fwd(memory[:, :48].contiguous()))
         assert emulator.counter.launches == 2
         q, cos = torch.randn(2, 3, 4, 32)[:, :, ::2], torch.rand(3, 16)
@@ -240,7 +240,7 @@ def test_conversions_round_as_on_a_gpu():
     wide, one, zero = values.view(1, 1, -1, 2), torch.ones(1, 1), torch.zeros(1, 1)
     for dtype in (torch.bfloat16, torch.float16):
         x, third = wide.to(dtype), torch.tensor(0.3)
-        with cuda_emulator.using():
+        with cuda_emulator.using(cuda_emulator.Emulator()):
             assert torch.equal(rope_fwd(x, one, zero, False, False), x)
             scaled = rope_fwd(x, one * third, zero, False, False)
         assert torch.equal(scaled, (x.float() * third).to(dtype))

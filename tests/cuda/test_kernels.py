@@ -39,7 +39,7 @@ LAUNCHES = {
 @pytest.fixture(autouse=True)
 def emulated():
     """Run backend cuda in the emulator, even on a GPU machine: tests/ops runs it on the GPU."""
-    with cuda_emulator.using() as emulator, mv.use_backend("cuda"):
+    with cuda_emulator.using(cuda_emulator.Emulator()) as emulator, mv.use_backend("cuda"):
         yield emulator
 
 
@@ -109,7 +109,8 @@ def test_two_sweeps_are_as_accurate_as_eager(segments, D, dtype, kind):
     """On sm_80, which has no clusters, and for a segment that fits in no cluster."""
     case = variant("mvsplit_rmsnorm", {"plain": merge, "weighted": weighted}[kind])
     inputs = make(case, B=1 if D > 2048 else 2, segments=segments, D=D, H=1, dtype=dtype)
-    with cuda_emulator.using(cuda_emulator.AMPERE if D < 8192 else cuda_emulator.HOPPER):
+    limits = cuda_emulator.AMPERE if D < 8192 else cuda_emulator.HOPPER
+    with cuda_emulator.using(cuda_emulator.Emulator(limits)):
         launches = record_launches(
             lambda: require_case(case, f"{segments} {D}", case.fused(), inputs)
         )
@@ -122,7 +123,7 @@ def test_two_sweeps_are_as_accurate_as_eager(segments, D, dtype, kind):
 )
 def test_a_carried_mean_is_the_mean_of_the_stored_y(limits):
     (x, f, alpha, beta), _, kwargs = make(variant("", merge), segments=(70, 5), D=520, H=1)
-    with cuda_emulator.using(limits):
+    with cuda_emulator.using(cuda_emulator.Emulator(limits)):
         y, jy = mv.mvsplit_rmsnorm_with_mean(x, f, alpha, beta, **kwargs)
         jx = mv.reference.segment_means(x, kwargs["segments"]).float()
         z, _ = mv.mvsplit_rmsnorm_with_mean(x, f, alpha, beta, jx=jx, **kwargs)
@@ -142,7 +143,7 @@ def test_an_input_mean_at_any_address(limits):
     results = []
     for jx in (aligned, offset):
         leaves = [t.clone().requires_grad_() for t in (x, f, alpha, beta)]
-        with cuda_emulator.using(limits):
+        with cuda_emulator.using(cuda_emulator.Emulator(limits)):
             y, _ = mv.mvsplit_rmsnorm_with_mean(*leaves, jx=jx, **kwargs)
             y.sum().backward()
         results.append([y, *(t.grad for t in leaves)])
@@ -161,7 +162,7 @@ def test_clusters_and_sweeps_compute_the_same():
     inputs = make(variant("", merge), segments=(50, 14), D=512, H=1, dtype=torch.float32)
     results = []
     for limits in (cuda_emulator.AMPERE, cuda_emulator.HOPPER):
-        with cuda_emulator.using(limits):
+        with cuda_emulator.using(cuda_emulator.Emulator(limits)):
             results.append(mv.mvsplit_rmsnorm(*inputs[0], **inputs[2]))
     assert torch.allclose(*results, rtol=1e-5, atol=1e-6)
 

@@ -68,7 +68,7 @@ def test_use_backend_nests_and_ends():
 
 def test_the_argument_overrides_use_backend():
     x = torch.randn(4)
-    with mv.use_backend("cuda"), cuda_emulator.absent():
+    with mv.use_backend("cuda"), cuda_emulator.using(None):
         assert torch.equal(mv.swiglu(x, backend="reference"), mv.reference.swiglu(x))
         with pytest.raises(RuntimeError, match="swiglu: backend 'cuda' cannot run here"):
             mv.swiglu(x)
@@ -79,7 +79,7 @@ def test_use_backend_is_seen_by_compiled_code():
     compiled(torch.ones(2))
     with (
         mv.use_backend("cuda"),
-        cuda_emulator.absent(),
+        cuda_emulator.using(None),
         pytest.raises(Exception, match="cannot run here"),
     ):
         compiled(torch.ones(2))
@@ -102,7 +102,7 @@ def test_the_error_of_a_missing_backend_names_the_reason(op):
     for backend in ("triton", "cuda"):
         if reasons[backend] is None:
             continue
-        with cuda_emulator.absent(), pytest.raises(RuntimeError) as error:
+        with cuda_emulator.using(None), pytest.raises(RuntimeError) as error:
             _backends.load_kernel(backend, op, "_fwd", "cpu")
         assert f"{op}: backend '{backend}' cannot run here: " in str(error.value)
         assert str(error.value).endswith("or pass backend='reference'")

@@ -1,6 +1,6 @@
 """Emulator of csrc/cuda on a CPU: the .cu files compiled as C++, with one fiber per GPU thread.
 
-    cuda_emulator.install()      # CPU tensors now take backend "cuda"
+    cuda_emulator.install(cuda_emulator.Emulator())  # CPU tensors now take backend "cuda"
 
 Everything above a launch is what a GPU gets: the launchers, tables and packed arguments of
 mvsplit_ops._cuda. Global accesses are checked against the bounds of the tensors that were passed,
@@ -10,6 +10,7 @@ not reach raises an error that names the thread.
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import itertools
 import math
@@ -17,9 +18,9 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from ctypes import c_char_p, c_int, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from bench.common.records import ROOT
 from bench.static.byte_counter import ByteCounter
 from mvsplit_ops import _backends
 from mvsplit_ops._cuda import device
-from mvsplit_ops._cuda.launch import LIMITS, Argument, Launch, Limits, Program, pack
+from mvsplit_ops._cuda.launch import LIMITS, Argument, Device, Launch, Limits, Program, pack
 
 HERE = Path(__file__).parent
 KERNELS = ROOT / "csrc" / "cuda"
@@ -76,17 +77,10 @@ class Emulator:
             _copy(addresses[id(t)], t.data_ptr(), t)
         packed = pack(args, lambda t: addresses[id(t)])
         self._check(library, program, launch, packed)
-        counted = (ctypes.c_uint64 * 2)()
-        fault = engine.simt_run(
-            ctypes.cast(entry, ctypes.c_void_p),
-            packed,
-            launch.grid,
-            launch.block,
-            max(launch.cluster, 1),
-            launch.shared,
-            self.counter.launches % 2,
-            counted,
-        )
+        counted = (c_uint64 * 2)()
+        sizes = launch.grid, launch.block, max(launch.cluster, 1), launch.shared
+        descending = self.counter.launches % 2  # the order of the threads alternates
+        fault = engine.simt_run(ctypes.cast(entry, c_void_p), packed, *sizes, descending, counted)
         if fault:
             names = ", ".join(f"{i}: {tuple(t.shape)}" for i, t in enumerate(tensors))
             raise Fault(f"{program.source}.cu, {launch.kernel}: {fault.decode()} (tensors {names})")
@@ -99,8 +93,8 @@ class Emulator:
 
     def _check(self, library: ctypes.CDLL, program: Program, launch: Launch, packed: bytes) -> None:
         """Raise Fault for a launch that a GPU would refuse, or run with undefined results."""
-        expected = ctypes.c_uint.in_dll(library, f"{launch.kernel}_args_bytes").value
-        most = ctypes.c_uint.in_dll(library, f"{launch.kernel}_most_threads").value
+        expected = c_uint32.in_dll(library, f"{launch.kernel}_args_bytes").value
+        most = c_uint32.in_dll(library, f"{launch.kernel}_most_threads").value
         kernel = f"{program.source}.cu, {launch.kernel}"
         if len(packed) != expected:
             raise Fault(f"{kernel}: Args has {expected} bytes, the launcher packed {len(packed)}")
@@ -109,9 +103,8 @@ class Emulator:
         if launch.shared > self.limits.shared or launch.cluster > self.limits.cluster:
             raise Fault(f"{kernel}: {launch} exceeds {self.limits}")
         if launch.grid % max(launch.cluster, 1):
-            raise Fault(
-                f"{kernel}: {launch.grid} blocks are not whole clusters of {launch.cluster}"
-            )
+            clusters = f"whole clusters of {launch.cluster}"
+            raise Fault(f"{kernel}: {launch.grid} blocks are not {clusters}")
 
 
 def _span(t: Tensor) -> int:
@@ -152,78 +145,51 @@ def _build(name: str, arguments: Sequence[str], inputs: Sequence[Path]) -> Path:
     return library
 
 
-_loaded: dict[Any, ctypes.CDLL] = {}
-
-
+@functools.cache
 def _load_engine() -> ctypes.CDLL:
-    if "engine" not in _loaded:
-        sources = HERE / "engine.cpp", HERE / "engine.h"
-
-        # _FORTIFY_SOURCE would refuse a fiber's longjmp to another stack.
-        path = _build("engine", ("-U_FORTIFY_SOURCE", str(sources[0])), sources)
-        engine = _loaded["engine"] = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-        engine.simt_place.argtypes = [ctypes.c_uint64, ctypes.c_uint64]
-        engine.simt_place.restype = ctypes.c_uint64
-        engine.simt_run.argtypes = [
-            *(ctypes.c_void_p, ctypes.c_char_p),
-            *(ctypes.c_uint32,) * 4,
-            *(ctypes.c_int, ctypes.c_void_p),
-        ]
-        engine.simt_run.restype = ctypes.c_char_p
-    return _loaded["engine"]
+    sources = HERE / "engine.cpp", HERE / "engine.h"
+    # _FORTIFY_SOURCE would refuse a fiber's longjmp to another stack.
+    path = _build("engine", ("-U_FORTIFY_SOURCE", str(sources[0])), sources)
+    engine = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    engine.simt_place.argtypes, engine.simt_place.restype = [c_uint64, c_uint64], c_uint64
+    engine.simt_run.argtypes = [c_void_p, c_char_p, *[c_uint32] * 4, c_int, c_void_p]
+    engine.simt_run.restype = c_char_p
+    return engine
 
 
+@functools.cache
 def _load_kernels(program: Program, architecture: str, folder: Path) -> ctypes.CDLL:
-    key = program, architecture, folder
-    if key not in _loaded:
-        source = folder / f"{program.source}.cu"
-        headers = [p for p in KERNELS.glob("*.cuh") if p.name != "ptx.cuh"]
-        defines = [f"-D{d}" for d in program.defines]
-        defines += [f"-D__CUDA_ARCH__={architecture.strip('sm_a')}0"]
-        # <ptx.cuh> is the one in this folder, every other header the kernels' own.
-        arguments = (*defines, "-I", str(HERE), "-I", str(KERNELS), "-x", "c++", str(source))
-        inputs = (source, *sorted(headers), HERE / "ptx.cuh", HERE / "engine.h")
-        _loaded[key] = ctypes.CDLL(str(_build(program.source, arguments, inputs)))
-    return _loaded[key]
+    source = folder / f"{program.source}.cu"
+    headers = [p for p in KERNELS.glob("*.cuh") if p.name != "ptx.cuh"]
+    defines = [f"-D{d}" for d in program.defines]
+    defines += [f"-D__CUDA_ARCH__={architecture.strip('sm_a')}0"]
+    # <ptx.cuh> is the one in this folder, every other header the kernels' own.
+    arguments = (*defines, "-I", str(HERE), "-I", str(KERNELS), "-x", "c++", str(source))
+    inputs = (source, *sorted(headers), HERE / "ptx.cuh", HERE / "engine.h")
+    return ctypes.CDLL(str(_build(program.source, arguments, inputs)))
 
 
-def install(limits: Limits = HOPPER) -> Emulator:
-    """Run backend "cuda" of CPU tensors on a new emulator from now on, and return it."""
-    emulator = device.installed["cpu"] = Emulator(limits)
-    _clear_backend_caches()
-    return emulator
-
-
-def _clear_backend_caches() -> None:
+def install(emulator: Device | None) -> None:
+    """Run backend "cuda" of CPU tensors on an emulator from now on; None: it cannot run."""
+    if emulator is None:
+        device.installed.pop("cpu", None)
+    else:
+        device.installed["cpu"] = emulator
     _backends.find_missing.cache_clear()
     _backends.load_kernel.cache_clear()
 
 
 @contextlib.contextmanager
-def absent() -> Iterator[None]:
-    """Remove the emulator in the block: CPU tensors then have no backend "cuda"."""
-    with using():
-        device.installed.pop("cpu")
-        _clear_backend_caches()
-        yield
-
-
-@contextlib.contextmanager
-def using(limits: Limits = HOPPER) -> Iterator[Emulator]:
-    """Run kernels on CPU tensors in the block on a new emulator, and restore the earlier one."""
+def using(emulator: Emulator | None) -> Iterator[Emulator | None]:
+    """Install an emulator, or None, in the block, and restore the earlier one after it."""
     before = device.installed.get("cpu")
+    install(emulator)
     try:
-        yield install(limits)
+        yield emulator
     finally:
-        device.installed.pop("cpu", None)
-        if before is not None:
-            device.installed["cpu"] = before
-        _clear_backend_caches()
+        install(before)
 
 
-@contextlib.contextmanager
-def count_bytes(counter: ByteCounter) -> Iterator[ByteCounter]:
+def count_bytes(counter: ByteCounter) -> contextlib.AbstractContextManager[Emulator | None]:
     """Emulate backend "cuda" of CPU tensors in the block; `counter` receives its bytes."""
-    with using() as emulator:
-        emulator.counter = counter
-        yield counter
+    return using(Emulator(counter=counter))
