@@ -7,7 +7,7 @@ at all, as soon as its measurement is done: an interrupted run leaves a file tha
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, TypedDict, TypeVar, get_args, get_origin, get_type_hints
@@ -60,9 +60,15 @@ class Record:
 
 
 def _parse(expected: Any, value: Any) -> Any:
-    """Return JSON data as the expected type; its numbers and strings are not checked."""
+    """Return JSON data as the expected type; its numbers and strings are not checked.
+
+    KeyError: a dataclass lacks fields, which are the arguments of the error.
+    """
     if isinstance(expected, type) and is_dataclass(expected):
         hints = get_type_hints(expected)
+        required = [f.name for f in fields(expected) if f.default is f.default_factory is MISSING]
+        if absent := [name for name in required if name not in value]:
+            raise KeyError(*absent)
         return expected(**{name: _parse(hints.get(name), v) for name, v in dict(value).items()})
     origin, args = get_origin(expected), get_args(expected)
     if origin is list:

@@ -26,7 +26,7 @@ from bench.measure import op_ranges, workload
 from bench.measure.op_ranges import CPU_STEPS, NO_TRACING, Range, Tracing
 from bench.measure.workload import COMPILE, COMPILED, EAGER, Workload, compiles
 from model.config import CONTENDERS, RESIDUALS, preset
-from model.train.memory import POLICIES, LiveBytes, plan
+from model.train.memory import POLICIES, plan
 from mvsplit_ops import _backends
 
 STEP_PARTS = (
@@ -141,30 +141,13 @@ def _make_row(load: Workload, variant: Variant, seconds: Seconds, tracing: Traci
     timer, config = Timer("cpu"), load.config
     loader = statistics.median(timer(functools.partial(load.draw, i))[0] for i in range(3))
     with load.running(implementation, checkpointing):
-        peak = _measure_peak(load, implementation)
+        counted = is_cuda(load.device) or not compiles(implementation)
+        peak = load.measure_peak() if counted else None
         parts = _split_step(load, implementation, tracing)
     parts[STEP_PARTS[-1]] = max(0.0, gradients + update - sum(parts.values()))
     tokens_per_s = config.batch * sum(config.segments) / (gradients + update)
     flops = plan(replace(config, checkpointing="none", device="cpu")).flops
     return StepTiming(*variant, loader, gradients, update, parts, tokens_per_s, flops, peak)
-
-
-def _measure_peak(load: Workload, implementation: str) -> int | None:
-    """Return the peak bytes of tensors in a step, states of the model and optimizer included.
-
-    On a CPU they are counted at PyTorch's dispatcher, which a compiled graph bypasses.
-    """
-    if is_cuda(load.device):
-        torch.cuda.reset_peak_memory_stats(load.device)
-        load.step()
-        return torch.cuda.max_memory_allocated(load.device)
-    if compiles(implementation):
-        return None
-    with LiveBytes() as live:
-        load.step()
-    moments = [t for s in load.optimizer.state.values() for t in s.values()]
-    states = [*load.model.parameters(), *load.model.buffers(), *moments]
-    return live.peak + sum(t.nbytes for t in states)
 
 
 def _split_step(load: Workload, implementation: str, tracing: Tracing) -> dict[str, float]:

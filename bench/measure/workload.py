@@ -10,16 +10,12 @@ from typing import Any, cast
 import torch
 
 import mvsplit_ops as mv
-from bench.cases import is_cuda
 from bench.common.machine import describe_machine
 from bench.common.records import Run
 from bench.common.timing import CallPair
 from model.config import CONTENDERS, PRESETS, RESIDUALS, Config, parse_overrides, preset
-from model.data import open_dataset
-from model.nn.dit import build
+from model.train.fixed_batch import FixedBatchTraining
 from model.train.heap import keep_freed_memory
-from model.train.optim import make_optimizer
-from model.train.step import Batch, compute_gradients, draw_batch, gradient_norm, prepare, update
 from mvsplit_ops import _backends
 
 EAGER = "eager"  # the backend `reference`, nothing compiled
@@ -73,41 +69,12 @@ def with_residual(name: str, overrides: dict[str, Any], residual: str) -> Config
     return preset(name, **{**CONTENDERS.get(residual, {}), **overrides, "residual": residual})
 
 
-class Workload:
-    """A model with its optimizer on a device, and a batch that does not change."""
+class Workload(FixedBatchTraining):
+    """Training steps on a fixed batch, in any of the implementations."""
 
     def __init__(self, config: Config) -> None:
-        self.config, self.device = config, prepare(config)
+        super().__init__(config)
         keep_freed_memory()  # a benchmark measures time, for every implementation alike
-        self.model = build(config, self.device)
-        self.optimizer = make_optimizer(self.model, config)
-        self.dataset = None if _has_random_latents(config) else open_dataset(config)
-        self.batch = self.draw(0)
-
-    def draw(self, step: int) -> Batch:
-        """Return a batch of the data, or of random latents if the configuration has no folder."""
-        if self.dataset is not None:
-            return draw_batch(self.config, self.dataset, step)
-        c, generator = self.config, torch.Generator().manual_seed(step)
-        image = (c.batch, c.channels, c.size, c.size)
-        x0, x1 = (torch.randn(image, generator=generator) for _ in range(2))
-        text = torch.randn(c.batch, c.text_tokens, c.text_dim, generator=generator)
-        return Batch(x0, x1, torch.rand(c.batch, generator=generator), text)
-
-    def gradients(self) -> None:
-        compute_gradients(self.config, self.model, self.batch, self.device)
-
-    def update(self) -> None:
-        """Take the norm of the gradients, clip them and update with AdamW."""
-        update(self.config, 0, self.optimizer, gradient_norm(self.optimizer))
-
-    def step(self) -> None:
-        self.gradients()
-        self.update()
-
-    def synchronize(self) -> None:
-        if is_cuda(self.device):
-            torch.cuda.synchronize(self.device)
 
     @contextlib.contextmanager
     def running(self, implementation: str, checkpointing: str | None = None) -> Iterator[None]:
@@ -183,10 +150,6 @@ def default_backends(device: str) -> list[str]:
     kind = torch.device(device).type
     candidates = ("cpu",) if kind == "cpu" else ("triton", "cuda")
     return [b for b in candidates if _backends.find_missing(b, "swiglu", kind) is None]
-
-
-def _has_random_latents(config: Config) -> bool:
-    return config.data == "latents" and not config.data_path
 
 
 def describe_training(

@@ -92,7 +92,8 @@ def parse_record(file: str, json: dict[str, Any]) -> SourcedRecord:
         for name in run_fields:
             json["run"][name]
     except (KeyError, TypeError) as error:
-        reason = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be read ({error})"
+        absent = ", ".join(map(repr, error.args))
+        reason = f"lacks {absent}" if isinstance(error, KeyError) else f"cannot be read ({error})"
         raise ValueError(f"{place} {reason}; delete its line") from None
     for op in (row["op"] for row in (json, *json.get("rows", ())) if "op" in row):
         if op not in CASES_BY_OP:

@@ -308,12 +308,12 @@ def test_only_the_report_imports_matplotlib():
         (
             "records",
             [{"kind": "ops", "run": {"date": "2026-01-01"}}],
-            "runs.jsonl: the ops record of 2026-01-01 cannot be read (Point.__init__() missing 7",
+            "runs.jsonl: the ops record of 2026-01-01 lacks 'op', 'title', 'must_move', 'copy_",
         ),
         (
             "records",
             [{**in_loop(), "rows": [{"op": "rope"}]}],
-            "missing 6 required positional arguments: 'title', 'implementation', ",
+            "the in_loop record of 2026-01-01 lacks 'title', 'implementation', ",
         ),
         ("records", [{**traffic(), "run": {"date": "2026-01-01"}}], "lacks 'shape'; delete"),
         ("records", [{**ops(), "op": "gelu"}], "operator 'gelu', but bench/cases.py only rope, "),
