@@ -1,1 +1,0 @@
-"""What every command shares: options, records, tables, timing, accuracy, the machine."""

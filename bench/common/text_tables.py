@@ -1,6 +1,6 @@
 """Tables of strings, on a terminal or in Markdown, and the text of a shape in their notes."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,25 +9,6 @@ from rich.table import Table as TerminalTable
 NOTHING = "–"  # a cell without a value
 
 Row = Sequence[str]
-
-
-def build_table(
-    title: str,
-    columns: Row,
-    rows: Iterable[Row],
-    caption: Sequence[str] = (),
-    total: Row | None = None,
-) -> TerminalTable:
-    """Return a rich table: text, then columns of numbers; `total` is the last row."""
-    table = TerminalTable(title=title, caption="\n".join(caption) or None, caption_justify="left")
-    for i, name in enumerate(columns):
-        table.add_column(name, justify="left" if i == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    if total:
-        table.add_section()
-        table.add_row(*total, style="bold")
-    return table
 
 
 @dataclass(frozen=True)
@@ -40,6 +21,18 @@ class Table:
     notes: Sequence[str] = ()
     total: Row | None = None
     sources: Sequence[str] = ()
+
+    def to_terminal(self) -> TerminalTable:
+        caption = "\n".join(self.notes) or None
+        table = TerminalTable(title=self.title, caption=caption, caption_justify="left")
+        for i, name in enumerate(self.columns):
+            table.add_column(name, justify="left" if i == 0 else "right")
+        for row in self.rows:
+            table.add_row(*row)
+        if self.total:
+            table.add_section()
+            table.add_row(*self.total, style="bold")
+        return table
 
     def to_markdown(self) -> str:
         """Return the table and its lines, without the title."""

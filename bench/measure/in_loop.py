@@ -15,16 +15,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from rich.console import Console
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
 from bench.cases import CASES_BY_OP, PAPER_NOTE, is_cuda
-from bench.common import text_tables
 from bench.common.machine import describe_run
 from bench.common.options import ReportProgress, no_progress
 from bench.common.records import Record
-from bench.common.text_tables import Row, format_ratio
+from bench.common.text_tables import Row, Table, format_ratio
 from bench.common.timing import Timer, make_profiler, no_collection, time_interleaved
 from bench.measure import op_ranges
 from bench.measure.op_ranges import CPU_STEPS, FUSED_FROM, Clock, Direction, Range, Span, Tracing
@@ -219,7 +217,6 @@ def format_notes(result: InLoop) -> tuple[str, ...]:
     )
 
 
-def print_table(result: InLoop, console: Console) -> None:
-    rows, notes = format_rows(result), format_notes(result)
-    title = "Operators within whole training steps"
-    console.print(text_tables.build_table(title, IN_LOOP_COLUMNS, rows, notes))
+def make_table(result: InLoop) -> Table:
+    title, notes = "Operators within whole training steps", format_notes(result)
+    return Table(title, IN_LOOP_COLUMNS, format_rows(result), notes)

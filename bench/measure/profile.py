@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from bench.cases import PAPER_NOTE, PROFILE, Case, Shape, calls_per_step
 from bench.common import options as opt
 from bench.common import records, text_tables
 from bench.common.accuracy import Judge, forward_backward
 from bench.common.machine import describe_machine, describe_run, measure_copy
+from bench.common.text_tables import Table
 from bench.common.timing import CallPair, Timer, time_interleaved
 from bench.measure import in_loop, op_ranges, workload
 from bench.measure.workload import EAGER
@@ -123,12 +123,6 @@ def _checked_calls(case: Case, shape: Shape, backend: str) -> dict[str, CallPair
     return {name: forward_backward(f, *inputs) for name, f in functions.items()}
 
 
-PROFILE_COLUMNS = (
-    *("operator", "calls fwd/bwd", "fwd ms eager/compile/fused", "bwd ms eager/compile/fused"),
-    *("ms/step eager", "compile", "fused", "speed-up vs eager", "vs compile", "GB/s", "% of copy"),
-)
-
-
 def format_cells(profile: Profile) -> list[tuple[str, ...]]:
     """Return the table of a profile: a row of strings per operator, then the totals."""
     rows = []
@@ -152,7 +146,7 @@ def _summary(profile: Profile, rows: Sequence[OperatorTiming]) -> tuple[str, ...
     )
 
 
-def format_headline(profile: Profile) -> str:
+def _format_headline(profile: Profile) -> str:
     """Return machine, backend and shape of a profile in one line."""
     run, backend = profile.run, profile.run["backend"]
     threads = ""
@@ -172,6 +166,7 @@ def format_notes(profile: Profile) -> tuple[str, ...]:
         sum(row.call_ms(name) for row in profile.total_rows) for name in PROFILED
     )
     return (
+        f"{_format_headline(profile)}.",
         "Rows in brackets are replaced by RoPE + QK-Norm and not in the total. GB/s counts the "
         "bytes that must move; the copy is of 256 MiB, while a call's tensors may stay in cache.",
         f"One forward and one backward call of each operator, summed: {eager:.2f} ms eager, "
@@ -181,11 +176,13 @@ def format_notes(profile: Profile) -> tuple[str, ...]:
     )
 
 
-def print_table(profile: Profile, console: Console) -> None:
+def make_table(profile: Profile) -> Table:
+    calls = "calls fwd/bwd", "fwd ms eager/compile/fused", "bwd ms eager/compile/fused"
+    steps = "ms/step eager", "compile", "fused", "speed-up vs eager", "vs compile"
+    columns = "operator", *calls, *steps, "GB/s", "% of copy"
     *rows, total = format_cells(profile)
     title, notes = "Operators per optimizer step", format_notes(profile)
-    console.print(format_headline(profile))
-    console.print(text_tables.build_table(title, PROFILE_COLUMNS, rows, notes, total))
+    return Table(title, columns, rows, notes, total)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -226,10 +223,8 @@ def run_command(args: argparse.Namespace) -> None:
             shape, repeats = opt.chosen_shape(args, device), args.repeats or 30
             result = measure(shape, args.blocks or 400, repeats, args.backend, progress)
     records.append(result.to_json(), args.json)
-    if isinstance(result, Profile):
-        print_table(result, opt.make_console())
-    else:
-        in_loop.print_table(result, opt.make_console())
+    table = make_table(result) if isinstance(result, Profile) else in_loop.make_table(result)
+    opt.make_console().print(table.to_terminal())
 
 
 def _check_options(args: argparse.Namespace) -> None:

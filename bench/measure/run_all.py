@@ -17,14 +17,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from rich.table import Table
 
 import mvsplit_ops as mv
 from bench.cases import is_cuda
 from bench.common import options as opt
-from bench.common import records, text_tables
+from bench.common import records
 from bench.common.machine import describe_machine, describe_run
 from bench.common.records import ROOT
+from bench.common.text_tables import Table
 from bench.measure import implementations
 from model.config import preset
 from model.train.memory import plan
@@ -167,12 +167,11 @@ def _last_line(log: Path) -> str:
     return lines[-1].strip() if lines else "no output"
 
 
-def build_table(outcomes: Sequence[Outcome], out: Path) -> Table:
+def make_table(outcomes: Sequence[Outcome], out: Path) -> Table:
     results = {None: "not run or cut short", 0: "done"}
     cells = [(o.step, results.get(o.exit, "failed"), f"{o.seconds:.0f}", o.said) for o in outcomes]
     columns = "step", "outcome", "seconds", "last line of output"
-    caption = (f"records, logs and report.html: {out}",)
-    return text_tables.build_table("Recorded", columns, cells, caption)
+    return Table("Recorded", columns, cells, [f"records, logs and report.html: {out}"])
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -206,5 +205,5 @@ def run_command(args: argparse.Namespace) -> int:
             outcomes.append(outcome)
             record = {"kind": "device", "run": described, **asdict(outcome)}
             records.append(record, out / "device.jsonl")
-    opt.make_console().print(build_table(outcomes, args.out))
+    opt.make_console().print(make_table(outcomes, args.out).to_terminal())
     return 0 if all(o.exit in (0, None) for o in outcomes) else 1

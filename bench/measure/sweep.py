@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch.autograd import DeviceType
 
 from bench.cases import Case, Function, Inputs, Shape, is_cuda
 from bench.common import options as opt
-from bench.common import records, text_tables
+from bench.common import records
 from bench.common.accuracy import Inaccurate, Judge, forward_backward, make_cotangents
 from bench.common.machine import describe_machine, describe_run, measure_copy
-from bench.common.text_tables import NOTHING, Row, format_ratio, format_scaled
+from bench.common.text_tables import NOTHING, Row, Table, format_ratio, format_scaled
 from bench.common.timing import (
     Replay,
     Seconds,
@@ -214,14 +213,14 @@ def format_rows(point: Point) -> Iterator[Row]:
         yield (name, "failed", *[NOTHING] * 7)
 
 
-def build_table(points: Sequence[Point]) -> Table:
+def make_table(points: Sequence[Point]) -> Table:
     rows = []
     for point in points:
         s = point.run["shape"]
         where = f"{s['B']} x {'+'.join(map(str, s['segments']))}, {s['D']}, {s['dtype']}"
         rows += [(point.title, where, *row) for row in format_rows(point)]
     columns = "operator", "B x T, D, dtype", *POINT_COLUMNS
-    return text_tables.build_table("Operators", columns, rows, format_notes(points))
+    return Table("Operators", columns, rows, format_notes(points))
 
 
 def format_notes(points: Sequence[Point]) -> tuple[str, ...]:
@@ -284,7 +283,7 @@ def run_command(args: argparse.Namespace) -> None:
         for point in measure(cases, shapes, args.implementation, args.repeats, published, progress):
             points.append(point)
             records.append(point.to_json(), args.json)
-    opt.make_console().print(build_table(points))
+    opt.make_console().print(make_table(points).to_terminal())
     failed = [(p.op, name, error) for p in points for name, error in p.failed.items()]
     if wrong := [f"{op}, {name}: {e}" for op, name, e in failed if name in FAIL_IF_WRONG]:
         raise Inaccurate("; ".join(wrong))

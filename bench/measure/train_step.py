@@ -18,9 +18,9 @@ from torch.autograd.profiler_util import FunctionEvent
 
 from bench.cases import is_cuda
 from bench.common import options as opt
-from bench.common import records, text_tables
+from bench.common import records
 from bench.common.machine import describe_run, measure_matmul
-from bench.common.text_tables import NOTHING, Row, format_ratio, format_scaled
+from bench.common.text_tables import NOTHING, Row, Table, format_ratio, format_scaled
 from bench.common.timing import Seconds, Timer, make_profiler, no_collection, time_interleaved
 from bench.measure import op_ranges, workload
 from bench.measure.op_ranges import CPU_STEPS, NO_TRACING, Range, Tracing
@@ -95,7 +95,8 @@ def measure(
     workloads = {}
     for residual in residuals:
         progress(f"{residual}: building", steps)
-        workloads[residual] = Workload(workload.with_residual(name, overrides, residual))
+        changes = {**CONTENDERS.get(residual, {}), **overrides, "residual": residual}
+        workloads[residual] = Workload(preset(name, **changes))
     fitting, failed = [], {}
     for variant in variants:
         progress(f"first step: {', '.join(variant)}", steps)
@@ -309,8 +310,8 @@ def run_command(args: argparse.Namespace) -> None:
     records.append(result.to_json(), args.json)
     console = opt.make_console()
     rows, notes = format_rows(result), format_notes(result)
-    console.print(text_tables.build_table("One optimizer step", STEP_COLUMNS, rows))
-    console.print(text_tables.build_table("Breakdown", *format_breakdown(result), notes))
+    console.print(Table("One optimizer step", STEP_COLUMNS, rows).to_terminal())
+    console.print(Table("Breakdown", *format_breakdown(result), notes).to_terminal())
 
 
 def _make_variants(

@@ -13,7 +13,7 @@ import mvsplit_ops as mv
 from bench.common.machine import describe_machine
 from bench.common.records import Run
 from bench.common.timing import CallPair
-from model.config import CONTENDERS, PRESETS, RESIDUALS, Config, parse_overrides, preset
+from model.config import PRESETS, Config, parse_overrides, preset
 from model.train.fixed_batch import FixedBatchTraining
 from model.train.heap import keep_freed_memory
 from mvsplit_ops import _backends
@@ -60,13 +60,6 @@ def configuration(args: argparse.Namespace, device: str) -> tuple[str, dict[str,
 
 def _default_preset(device: str) -> str:
     return "collapse100" if device == "cpu" else "dit400-mvsplit"
-
-
-def with_residual(name: str, overrides: dict[str, Any], residual: str) -> Config:
-    """Return the configuration of a preset with a residual and the initial values that suit it."""
-    if residual not in RESIDUALS:
-        raise ValueError(f"--residual: must be one of {', '.join(RESIDUALS)}, got {residual!r}")
-    return preset(name, **{**CONTENDERS.get(residual, {}), **overrides, "residual": residual})
 
 
 class Workload(FixedBatchTraining):

@@ -6,7 +6,7 @@ from typing import Any
 
 from bench.common import text_tables
 from bench.common.machine import MachineRecord
-from bench.common.text_tables import NOTHING, Table, format_scaled
+from bench.common.text_tables import NOTHING, Row, Table, format_scaled
 from bench.measure import in_loop, sweep, train_step
 from bench.measure import profile as profiles
 from bench.report import select
@@ -32,20 +32,12 @@ def machine_overview(records: Sequence[SourcedRecord]) -> Table:
     return Table("Machines", columns, rows, sources=list_sources(last_records))
 
 
-def profile_table(record: SourcedRecord[profiles.Profile]) -> Table:
-    profile = record.data
-    *rows, total = profiles.format_cells(profile)
-    title = f"{record.device}, backend {record.run['backend']}"
-    notes = f"{profiles.format_headline(profile)}.", *profiles.format_notes(profile)
-    return Table(title, profiles.PROFILE_COLUMNS, rows, notes, total)
-
-
 def shorten_profile(table: Table) -> Table:
-    """Return a profile's table without the times of single calls."""
+    """Return a profile's table without the times of single calls and the sources."""
     columns, *rows, total = (
         (row[0], row[1], *row[4:]) for row in (table.columns, *table.rows, table.total or ())
     )
-    return replace(table, columns=columns, rows=rows, total=total)
+    return replace(table, columns=columns, rows=rows, total=total, sources=())
 
 
 def sweep_tables(records: Sequence[SourcedRecord]) -> list[Table]:
@@ -88,24 +80,12 @@ def _describe_methods(records: Sequence[SourcedRecord[sweep.Point]]) -> str:
     return "; ".join(f"{', '.join(names)}: {method}" for method, names in names_by_method.items())
 
 
-def in_loop_table(record: SourcedRecord[in_loop.InLoop]) -> Table:
-    title = f"{record.run['preset']}, {record.device}"
-    rows, notes = in_loop.format_rows(record.data), in_loop.format_notes(record.data)
-    return Table(title, in_loop.IN_LOOP_COLUMNS, rows, notes)
-
-
-def step_table(record: SourcedRecord[train_step.Steps]) -> Table:
-    parts, breakdown = train_step.format_breakdown(record.data)
-    timings = train_step.format_rows(record.data)
+def make_step_table(steps: train_step.Steps) -> Table:
+    """Return the times of each variant and their breakdown in one table."""
+    parts, breakdown = train_step.format_breakdown(steps)
+    timings, columns = train_step.format_rows(steps), train_step.STEP_COLUMNS
     rows = [(*row, *own[3:]) for row, own in zip(timings, breakdown, strict=True)]
-    title, columns = f"{record.run['preset']}, {record.device}", train_step.STEP_COLUMNS
-    return Table(title, (*columns, *parts[3:]), rows, train_step.format_notes(record.data))
-
-
-def traffic_table(record: SourcedRecord[traffic_record.TrafficRecord]) -> Table:
-    columns, rows, total = traffic_record.format_cells(record.data)
-    title = text_tables.size_text(record.run["shape"])
-    return Table(title, columns, rows, traffic_record.format_notes(record.data), total)
+    return Table("Steps", (*columns, *parts[3:]), rows, train_step.format_notes(steps))
 
 
 def predict_gpus(records: Sequence[SourcedRecord]) -> list[tuple[Table, list[Prediction]]]:
@@ -146,7 +126,13 @@ def prediction_summary(records: Sequence[SourcedRecord]) -> Table:
     jsons = [record.json for record in records]
     traffic, _ = roofline.merge_newest_counts(jsons)
     speeds = {gpu: roofline.find_speed(gpu, jsons) for gpu in roofline.DATASHEET}
-    columns, rows = predict.format_summary(traffic, speeds)
+    columns: Row = ()
+    rows: list[Row] = []
+    for gpu, speed in speeds.items():
+        operators = predict.predict_step(traffic, PAPER_TOKENS, speed)
+        columns, _, total = predict.format_cells(operators)
+        rows.append((gpu.upper(), *total[2:]))
+    columns = "a step by calculation", *columns[2:]
     notes = (
         *(f"{gpu.upper()}: {speed.source}." for gpu, speed in speeds.items()),
         f"{PAPER_TOKENS:,} tokens, {traffic_record.PAPER_BLOCKS} blocks, "
@@ -156,35 +142,36 @@ def prediction_summary(records: Sequence[SourcedRecord]) -> Table:
     return Table("Predicted step", columns, rows, notes)
 
 
-def machine_table(record: SourcedRecord[MachineRecord]) -> Table:
-    rates = record.data
+def make_machine_table(rates: MachineRecord) -> Table:
     columns = "device", "copy GB/s", f"matrix product TFLOP/s, {rates.matmul_dtype}"
     copy = format_scaled(rates.copy_bytes_per_second, 1e9)
-    row = str(record.device), copy, format_scaled(rates.matmul_flops_per_second, 1e12, 3)
+    row = rates.run["device"], copy, format_scaled(rates.matmul_flops_per_second, 1e12, 3)
     notes = ("The copy counts the bytes that it reads and the bytes that it writes.",)
-    return Table(str(record.device), columns, [row], notes)
+    return Table("Machine", columns, [row], notes)
 
 
-def resource_table(record: SourcedRecord[kernel_resources.ResourceRecord]) -> Table:
-    title, columns = text_tables.shape_text(record.run["shape"]), kernel_resources.RESOURCE_COLUMNS
-    rows = kernel_resources.format_cells(record.data)
-    return Table(title, columns, rows, kernel_resources.format_notes(record.data))
+def _preset_title(record: SourcedRecord) -> str:
+    return f"{record.run['preset']}, {record.device}"
 
 
-TABLES: dict[str, Callable[[SourcedRecord[Any]], Table]] = {
-    "profile": profile_table,
-    "in_loop": in_loop_table,
-    "step": step_table,
-    "traffic": traffic_table,
-    "machine": machine_table,
-    "resources": resource_table,
+# kind: (table of a record, its title in the report)
+TABLES: dict[str, tuple[Callable[[Any], Table], Callable[[SourcedRecord], str]]] = {
+    "profile": (profiles.make_table, lambda r: f"{r.device}, backend {r.run['backend']}"),
+    "in_loop": (in_loop.make_table, _preset_title),
+    "step": (make_step_table, _preset_title),
+    "traffic": (traffic_record.make_table, lambda r: text_tables.size_text(r.run["shape"])),
+    "machine": (make_machine_table, lambda r: str(r.device)),
+    "resources": (kernel_resources.make_table, lambda r: text_tables.shape_text(r.run["shape"])),
 }
+
+
+def record_table(record: SourcedRecord) -> Table:
+    """Return the table of a record of one of the kinds in TABLES."""
+    make, title = TABLES[record.kind]
+    return replace(make(record.data), title=title(record), sources=list_sources([record]))
 
 
 def make_tables(records: Sequence[SourcedRecord]) -> dict[str, list[Table]]:
     """Return {kind: the tables of its newest records}."""
-    tables = {
-        kind: [replace(make(r), sources=list_sources([r])) for r in newest(records, kind)]
-        for kind, make in TABLES.items()
-    }
+    tables = {kind: [record_table(r) for r in newest(records, kind)] for kind in TABLES}
     return {**tables, "ops": sweep_tables(records), "predict": prediction_tables(records)}

@@ -7,6 +7,7 @@ fastest recorded ones.
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from bench.common import options as opt
@@ -27,13 +28,13 @@ def newest_of_devices(records: Sequence[SourcedRecord]) -> list[SourcedRecord]:
 def readme_sections(records: Sequence[SourcedRecord]) -> dict[str, str]:
     """Return the text of each generated section."""
     profiles = (
-        tables.shorten_profile(tables.profile_table(record)).to_markdown()
+        tables.shorten_profile(tables.record_table(record)).to_markdown()
         for record in newest_of_devices(records)
     )
-    count = tables.traffic_table(newest(records, "traffic")[-1])
+    traffic = tables.record_table(newest(records, "traffic")[-1])
     return {
         "report": "\n\n".join([f"![Milliseconds per step]({PICTURE})", *profiles]),
-        "traffic": count.to_markdown(),
+        "traffic": replace(traffic, sources=()).to_markdown(),
         "predict": tables.prediction_summary(records).to_markdown(),
     }
 

@@ -8,14 +8,12 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rich.table import Table as TerminalTable
-
 from bench.cases import CASES, Case, Shape
 from bench.common import options as opt
 from bench.common import records, text_tables
 from bench.common.machine import describe_run
 from bench.common.records import Record, Run
-from bench.common.text_tables import Row
+from bench.common.text_tables import Row, Table
 from bench.static import kernel_compiler
 from bench.static.kernel_compiler import ARCHITECTURES, CompiledKernel
 from bench.static.occupancy import RESIDENCY
@@ -93,9 +91,8 @@ def format_notes(record: ResourceRecord) -> tuple[str, ...]:
     )
 
 
-def build_table(record: ResourceRecord) -> TerminalTable:
-    rows, notes = format_cells(record), format_notes(record)
-    return text_tables.build_table("Compiled kernels", RESOURCE_COLUMNS, rows, notes)
+def make_table(record: ResourceRecord) -> Table:
+    return Table("Compiled kernels", RESOURCE_COLUMNS, format_cells(record), format_notes(record))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -126,5 +123,5 @@ def run_command(args: argparse.Namespace) -> None:
     shape = opt.chosen_shape(args, "meta")
     with opt.show_progress("resources") as progress:
         record = measure(shape, args.backend, args.arch, progress, opt.chosen_cases(args.op))
-    opt.make_console().print(build_table(record))
+    opt.make_console().print(make_table(record).to_terminal())
     records.append(record.to_json(), args.json)

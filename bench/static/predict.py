@@ -15,7 +15,7 @@ from bench.common import options as opt
 from bench.common import records as record_files
 from bench.common import text_tables
 from bench.common.records import Run
-from bench.common.text_tables import Row
+from bench.common.text_tables import Row, Table
 from bench.static import comparison, roofline
 from bench.static.roofline import FLOOR, LAUNCH_SECONDS, STEP_OPERATORS, Speed
 from bench.static.traffic_record import PAPER_BLOCKS, TrafficRecord
@@ -90,16 +90,6 @@ def format_cells(predictions: Sequence[Prediction]) -> tuple[Row, list[Row], Row
         for p in (*predictions, sum_predictions(predictions))
     ]
     return columns, rows[:-1], rows[-1]
-
-
-def format_summary(traffic: TrafficRecord, speeds: Mapping[str, Speed]) -> tuple[Row, list[Row]]:
-    """Return columns, and the total of a step on each GPU of {GPU: speed}."""
-    columns: Row = ()
-    rows: list[Row] = []
-    for gpu, speed in speeds.items():
-        columns, _, total = format_cells(predict_step(traffic, PAPER_TOKENS, speed))
-        rows.append((gpu.upper(), *total[2:]))
-    return ("a step by calculation", *columns[2:]), rows
 
 
 def format_notes(
@@ -212,7 +202,7 @@ def run_command(args: argparse.Namespace) -> None:
     title = f"Predicted step: {args.gpu.upper()}, {args.tokens:,} tokens, {args.blocks} blocks"
     columns, rows, total = format_cells(predict_step(traffic, args.tokens, speed, args.blocks))
     notes = format_notes(traffic, sources, speed)
-    console.print(text_tables.build_table(title, columns, rows, notes, total))
+    console.print(Table(title, columns, rows, notes, total).to_terminal())
     for line in describe_paper(traffic, roofline.find_speed("h100", records, launch_seconds)):
         console.print(line, highlight=False)
     measured = records if args.all else comparison.select_newest(records)
@@ -220,4 +210,4 @@ def run_command(args: argparse.Namespace) -> None:
     columns, notes = comparison.COMPARISON_COLUMNS, comparison.COMPARISON_NOTES
     for device, rows in comparison.format_cells(comparisons).items():
         title = f"Measured and predicted, {device}"
-        console.print(text_tables.build_table(title, columns, rows, notes))
+        console.print(Table(title, columns, rows, notes).to_terminal())

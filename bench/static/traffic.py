@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.cases import CASES, Case, Function, Inputs, Shape, calls_per_step
 from bench.common import options as opt
-from bench.common import records, text_tables
+from bench.common import records
 from bench.common.accuracy import results_and_gradients
 from bench.common.machine import describe_run
 from bench.measure import implementations
@@ -173,7 +173,5 @@ def run_command(args: argparse.Namespace) -> None:
     shape, published = opt.chosen_shape(args, "cpu"), implementations.chosen_checkout(args)
     with opt.show_progress("traffic") as progress:
         record = measure(shape, progress, opt.chosen_cases(args.op), published)
-    columns, rows, total = traffic_record.format_cells(record)
-    title, notes = "Bytes moved by one call", traffic_record.format_notes(record)
-    opt.make_console().print(text_tables.build_table(title, columns, rows, notes, total))
+    opt.make_console().print(traffic_record.make_table(record).to_terminal())
     records.append(record.to_json(), args.json)

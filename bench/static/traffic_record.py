@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from bench.common import text_tables
 from bench.common.records import Record
-from bench.common.text_tables import NOTHING, Row
+from bench.common.text_tables import NOTHING, Row, Table
 
 PAPER_BLOCKS = 400  # blocks of the step whose calls are counted
 
@@ -78,6 +78,11 @@ def format_cells(record: TrafficRecord) -> tuple[Row, list[Row], Row]:
     totals = (f"{passes[b]:,.0f}" if b in passes else NOTHING for b in backends)
     columns = "passes (launches)", "must move", *backends
     return columns, rows, (f"a step of {PAPER_BLOCKS} blocks", f"{must_move:,.0f}", *totals)
+
+
+def make_table(record: TrafficRecord) -> Table:
+    columns, rows, total = format_cells(record)
+    return Table("Bytes moved by one call", columns, rows, format_notes(record), total)
 
 
 def _format_count(row: TrafficCount | None) -> str:

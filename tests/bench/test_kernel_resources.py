@@ -89,7 +89,7 @@ def test_a_record_can_be_read_from_its_json(record):
 
 def render_table(record):
     console = Console(width=190, file=io.StringIO())
-    console.print(kernel_resources.build_table(record))
+    console.print(kernel_resources.make_table(record).to_terminal())
     return console.file.getvalue()
 
 

@@ -210,7 +210,7 @@ def test_eager_rope_and_qk_norm_count_as_the_operator_that_replaces_them():
 
 
 def test_an_uncounted_operator_is_a_dash_and_has_no_total():
-    table = tables.traffic_table(*as_records(traffic()))
+    table = tables.record_table(*as_records(traffic()))
     assert table.columns[2:] == ("reference", "triton", "published")
     cells = {row[0]: row for row in table.rows}
     assert cells["RoPE + QK-Norm, fwd"][4] == "–" and cells["SwiGLU, fwd"][4] == "13.60 (2)"

@@ -146,7 +146,9 @@ def test_the_share_of_the_copy_is_of_forward_and_backward():
     run |= {"device": "d", "threads": 1, "torch": "t", "date": "d", "commit": "c"}
     point = Point(run, "swiglu", "SwiGLU", (3e6, 5e6), 4e9, {"cuda": column}, {}, {})
     assert point.bytes_per_second("cuda") == 2e9
-    (row,) = zip(*(list(c.cells) for c in sweep.build_table([point]).columns), strict=True)
+    (row,) = zip(
+        *(list(c.cells) for c in sweep.make_table([point]).to_terminal().columns), strict=True
+    )
     assert row[2:7] == ("cuda", "1,000.0", "2,000.0", "4,000.0", "1.0")
     assert row[7:] == ("1 / 2", "2.0", "50%", "–")
 
