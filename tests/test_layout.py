@@ -104,11 +104,11 @@ def test_the_version_is_written_in_one_place():
     places = [ROOT / name for name in ("setup.py", "pyproject.toml", "CITATION.cff")]
     places += (ROOT / "mvsplit_ops").glob("*.py")
     defining = re.compile(rf"^_*version_*\s*[=:]\s*[\"']?{version}\b", re.M)
-    found = [path.name for path in places if defining.search(path.read_text())]
-    assert found == ["_version.py"]
+    defining_files = [path.name for path in places if defining.search(path.read_text())]
+    assert defining_files == ["_version.py"]
 
 
-def test_triton_kernels_know_nothing_of_registration():
+def test_triton_kernels_do_not_use_autograd_or_registration():
     for name, source in SOURCES.items():
         if name.startswith("mvsplit_ops.triton_kernels."):
             used = {
@@ -128,7 +128,7 @@ def test_an_operator_has_the_same_stem_everywhere(op):
     assert op in {case.op for case in CASES}
 
 
-def test_no_stem_is_without_an_operator():
+def test_every_kernel_file_belongs_to_an_operator():
     stems = {p.stem for p in (ROOT / "csrc/cpu").glob("*.cpp")} - {"table"}
     assert stems == set(_backends.OPS)
     # rope and qk_norm are modes of rope_qk_norm's kernel
@@ -156,7 +156,7 @@ def test_the_profile_is_the_papers():
 
 
 def test_no_file_is_configured_by_the_environment():
-    """But for the switch by which Triton itself is told to interpret."""
+    """The only exception is the variable that switches Triton's interpreter on."""
     names = re.compile(r"\b(os\.environ(?!\[\"TRITON_INTERPRET\"\])|os\.getenv|getenv\()")
     for folder in ("mvsplit_ops", "triton_kernels", "model", "bench", "csrc"):
         for path in (ROOT / folder).rglob("*.*"):

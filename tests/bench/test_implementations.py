@@ -161,20 +161,16 @@ def installed(tmp_path, monkeypatch):
     sys.modules.update(others)
 
 
-def inputs_of(case, shape=SMALL):
-    return case.inputs(shape, torch.Generator().manual_seed(0))
-
-
 OFFERED = [(name, op) for name, ops in implementations.PEERS.items() for op in ops]
 
 
 @pytest.mark.parametrize("name, op", OFFERED)
 def test_an_adapter_is_accurate_and_does_not_change_its_inputs(name, op, published, installed):
     case = BY_NAME[op]
-    inputs = inputs_of(case)
+    inputs = case.example(SMALL)
     function = implementations.load_function(name, case, "cpu", published)
     require_case(case, name, function, inputs)
-    for t, original in zip(inputs[0] + inputs[1], sum(inputs_of(case)[:2], ()), strict=True):
+    for t, original in zip(inputs[0] + inputs[1], sum(case.example(SMALL)[:2], ()), strict=True):
         assert torch.equal(t, original)
 
 
@@ -185,7 +181,7 @@ def test_a_wrong_peer_is_inaccurate(installed, monkeypatch):
     case = BY_NAME["rope"]
     with pytest.raises(Inaccurate, match="rope, liger, result 0"):
         require_case(
-            case, "liger", implementations.load_function("liger", case, "cpu"), inputs_of(case)
+            case, "liger", implementations.load_function("liger", case, "cpu"), case.example(SMALL)
         )
 
 
@@ -194,7 +190,7 @@ def test_cpu_implementations_are_not_missing_on_a_cpu(name):
     for case in CASES:
         assert implementations.missing_reason(name, case, "cpu") is None
     case = BY_NAME["swiglu"]
-    require_case(case, name, implementations.load_function(name, case, "cpu"), inputs_of(case))
+    require_case(case, name, implementations.load_function(name, case, "cpu"), case.example(SMALL))
 
 
 @pytest.mark.parametrize("name", implementations.NEED_CUDA)
@@ -261,9 +257,9 @@ def test_the_published_merge_takes_one_or_two_segments(published):
     )
     function = implementations.load_function("published", case, "cpu", published)
     with pytest.raises(ValueError, match="published: " + reason):
-        function(*inputs_of(case, Shape(B=1, segments=(2, 3, 1), D=8)))
+        function(*case.example(Shape(B=1, segments=(2, 3, 1), D=8)))
     one = Shape(B=2, segments=(6,), D=16, dtype=torch.float32)
-    require_case(case, "published", function, inputs_of(case, one))
+    require_case(case, "published", function, case.example(one))
 
 
 def test_the_reason_for_a_wrong_checkout_names_the_expected_file(tmp_path):
@@ -339,14 +335,14 @@ def test_published_kernels_and_their_pytorch_operations_are_counted(tmp_path):
     rows = [row for row in counted.rows if row.backend == "published"]
     assert [(row.op, row.direction) for row in rows] == [("swiglu", "fwd"), ("swiglu", "bwd")]
     n = SMALL.B * SMALL.T * SMALL.F * 4
-    got = traffic.count(cases[0], "published", inputs_of(cases[0]), tmp_path)
+    got = traffic.count(cases[0], "published", cases[0].example(SMALL), tmp_path)
     assert got["fwd"] == ByteCounter(read=n, written=n, launches=1, tensors=3 * n)
     assert got["bwd"] == ByteCounter(read=3 * n, written=3 * n, launches=2, tensors=5 * n)
     assert rows[0].read == n / SMALL.pass_bytes and rows[1].launches == 2
 
 
 def test_negated_tables_are_made_once_and_not_counted(published):
-    case, inputs = BY_NAME["rope"], inputs_of(BY_NAME["rope"])
+    case, inputs = BY_NAME["rope"], BY_NAME["rope"].example(SMALL)
     first, again = (traffic.count(case, "published", inputs, published) for _ in range(2))
     assert first == again
     sin = inputs[1][1]

@@ -47,14 +47,10 @@ def counter_without_repeats(read, written, launches):
     return ByteCounter(read, written, launches, tensors=read + written)
 
 
-def inputs_of(case, shape):
-    return case.inputs(shape, torch.Generator().manual_seed(0))
-
-
 @pytest.mark.parametrize("op", BUDGET)
 def test_triton_moves_no_more_than_its_budget(op):
     shape = Shape(B=4, segments=(256, 64))
-    counted = traffic.count(BY_NAME[op], "triton", inputs_of(BY_NAME[op], shape))
+    counted = traffic.count(BY_NAME[op], "triton", BY_NAME[op].example(shape))
     for direction, budget, launches in zip(("fwd", "bwd"), BUDGET[op], LAUNCHES[op], strict=True):
         counter = counted[direction]
         passes = (counter.read + counter.written) / shape.pass_bytes
@@ -66,7 +62,7 @@ def test_triton_moves_no_more_than_its_budget(op):
 @pytest.mark.parametrize("op", ["mvsplit_rmsnorm", "mvsplit_rmsnorm_with_mean"])
 def test_launches_do_not_depend_on_the_number_of_segments(op, segments):
     shape = Shape(B=2, segments=segments, D=64)
-    counted = traffic.count(BY_NAME[op], "triton", inputs_of(BY_NAME[op], shape))
+    counted = traffic.count(BY_NAME[op], "triton", BY_NAME[op].example(shape))
     assert (counted["fwd"].launches, counted["bwd"].launches) == (2, 3)
 
 
@@ -74,7 +70,7 @@ def test_a_carried_mean_saves_one_read_of_x():
     ops = "mvsplit_rmsnorm", "mvsplit_rmsnorm_with_mean"
     shape = Shape(B=1, segments=(48, 48), D=64)
     plain, carried = (
-        traffic.count(BY_NAME[op], "triton", inputs_of(BY_NAME[op], shape)) for op in ops
+        traffic.count(BY_NAME[op], "triton", BY_NAME[op].example(shape)) for op in ops
     )
     means = 2 * 64 * 4  # float32, two segments
     partials = carried["fwd"].read - (plain["fwd"].read - shape.pass_bytes + means)
@@ -99,7 +95,7 @@ def test_repeated_reads_of_a_launch_count_once_in_its_tensors():
     """RoPE's tables are loaded for each of the B samples."""
     shape = Shape(B=3, segments=(8,), D=64, H=2)
     case = BY_NAME["rope_qk_norm"]
-    counted = traffic.count(case, "triton", inputs_of(case, shape))["fwd"]
+    counted = traffic.count(case, "triton", case.example(shape))["fwd"]
     tables = 2 * shape.T * shape.Dh // 2 * 4
     assert counted.read + counted.written == counted.tensors + (shape.B - 1) * tables
 
@@ -117,7 +113,7 @@ def test_eager_operations_are_counted_and_views_are_not():
 
 def test_cpu_counts_the_tensors_of_the_call():
     case = BY_NAME["swiglu"]
-    counted = traffic.count(case, "cpu", inputs_of(case, SMALL))
+    counted = traffic.count(case, "cpu", case.example(SMALL))
     gate = SMALL.B * SMALL.T * SMALL.F * 2
     assert counted["fwd"] == counter_without_repeats(2 * gate, gate, 1)
     assert counted["bwd"] == counter_without_repeats(3 * gate, 2 * gate, 1)
@@ -126,7 +122,7 @@ def test_cpu_counts_the_tensors_of_the_call():
 def test_the_recorder_keeps_only_kernel_ops():
     with Recorder() as recorder:
         case = BY_NAME["swiglu"]
-        case.fused("triton")(*inputs_of(case, SMALL))
+        case.fused("triton")(*case.example(SMALL))
         torch.ones(2) + 1
     ((op, args, result),) = recorder.calls
     assert traffic.split_kernel_op(op) == ("swiglu", "fwd")
