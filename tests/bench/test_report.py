@@ -313,7 +313,7 @@ def test_only_the_report_imports_matplotlib():
         (
             "records",
             [{**in_loop(), "rows": [{"op": "rope"}]}],
-            "the in_loop record of 2026-01-01 lacks 'title', 'implementation', ",
+            " lacks 'title', 'implementation', 'forward_calls', ",
         ),
         ("records", [{**traffic(), "run": {"date": "2026-01-01"}}], "lacks 'shape'; delete"),
         ("records", [{**ops(), "op": "gelu"}], "operator 'gelu', but bench/cases.py only rope, "),

@@ -183,7 +183,7 @@ def test_the_command_prints_and_records(tmp_path, capsys):
         (["--backend", "cuda"], "backend 'cuda' cannot run here"),
         (["--implementation", "triton"], "nothing to time"),
         (["--backend", "apex"], "must be one of eager, compile, cpu"),
-        (["--residual", "rez"], "unknown residual 'rez'. Expected one of post, layerscale"),
+        (["--residual", "rez"], "unknown residual 'rez', did you mean rezero?"),
         (["--checkpointing", "4/3"], "checkpointing must be none, full"),
         (["--device", "cuda:9"], "cannot use 'cuda:9' here"),
     ],
