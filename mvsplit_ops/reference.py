@@ -1,19 +1,53 @@
 """The definition of every operator in eager PyTorch, short enough to compare with the paper by eye.
 
 Autograd differentiates these functions. With float64 inputs they give the exact result with which
-every kernel is compared. A result has the dtype of the activations, whatever the parameters have.
+every kernel is compared. fp16 and bf16 inputs are computed in fp32; results and gradients are
+rounded once, a result to the dtype of the activations, whatever dtype the parameters have.
 
 B batch, T tokens, D width, H heads, Dh head width, F SwiGLU width, S segments.
 X_l `x`, F_l `f`, X_{l+1} `y`, J X `jx`, J F `jf`, alpha `alpha`, beta `beta`, pre-norm sum `z`,
 1/rms `rstd`; a gradient is `d` and the name. arXiv 2605.06169.
 """
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+Formula = TypeVar("Formula", bound=Callable[..., Any])
 
+
+def widen(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return t in the dtype of the arithmetic."""
+    return t.to(dtype)
+
+
+def rounded_once(formula: Formula) -> Formula:
+    """Compute a formula in float32, or float64 for float64, and round its results once.
+
+    Results have the dtype of the first argument. A formula that calls another definition passes
+    float32 and receives float32: nothing is rounded in between.
+    """
+    first = next(iter(inspect.signature(formula).parameters))
+
+    @functools.wraps(formula)
+    def definition(*args: Any, **kwargs: Any) -> Any:
+        stored = (args[0] if args else kwargs[first]).dtype
+        dtype = torch.promote_types(stored, torch.float32)
+        wide = [widen(t, dtype) if hasattr(t, "to") else t for t in args]
+        named = {k: widen(t, dtype) if hasattr(t, "to") else t for k, t in kwargs.items()}
+        results = formula(*wide, **named)
+        if isinstance(results, tuple):
+            return tuple(t.to(stored) for t in results)
+        return results.to(stored)
+
+    return cast("Formula", definition)
+
+
+@rounded_once
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) * weight over the last dimension; no weight is 1."""
     y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
@@ -32,6 +66,7 @@ def segment_means(t: Tensor, segments: Sequence[int]) -> Tensor:
     return torch.stack([p.mean(1) for p in t.split(segments, dim=1)], dim=1)
 
 
+@rounded_once
 def rope(
     x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, conjugate: bool = False
 ) -> Tensor:
@@ -41,10 +76,10 @@ def rope(
         sin = -sin
     x1, x2 = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, -1)
     o1, o2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
-    out = torch.stack((o1, o2), -1).flatten(-2) if interleaved else torch.cat((o1, o2), -1)
-    return out.to(x.dtype)
+    return torch.stack((o1, o2), -1).flatten(-2) if interleaved else torch.cat((o1, o2), -1)
 
 
+@rounded_once
 def qk_norm(
     q: Tensor,
     k: Tensor,
@@ -53,9 +88,10 @@ def qk_norm(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """Return the RMSNorm over Dh of each head of q and of k."""
-    return rms_norm(q, q_weight, eps).to(q.dtype), rms_norm(k, k_weight, eps).to(k.dtype)
+    return rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
 
 
+@rounded_once
 def rope_qk_norm(
     q: Tensor,
     k: Tensor,
@@ -75,12 +111,15 @@ def rope_qk_norm(
     return (q, k) if norm_first else qk_norm(q, k, q_weight, k_weight, eps)
 
 
-def swiglu(x: Tensor) -> Tensor:
-    """Return silu(gate) * value; gate and value are the halves of the last dimension."""
-    gate, value = x.chunk(2, -1)
-    return torch.nn.functional.silu(gate) * value
+@rounded_once
+def swiglu(x: Tensor, up: Tensor | None = None, gate_first: bool = True) -> Tensor:
+    """Return silu(gate) * up: of the halves of x, or of x, the gate, and up."""
+    halves = x.chunk(2, -1) if up is None else (x, up)
+    gate, up = halves if gate_first else reversed(halves)
+    return torch.nn.functional.silu(gate) * up
 
 
+@rounded_once
 def mvsplit_rmsnorm(
     x: Tensor,
     f: Tensor,
@@ -94,7 +133,7 @@ def mvsplit_rmsnorm(
     segments = [x.shape[1]] if segments is None else list(segments)
     centred = f - token_mean(f, segments)
     z = x + beta * centred + alpha * token_mean(f - x, segments)
-    return rms_norm(z, weight, eps).to(x.dtype)
+    return rms_norm(z, weight, eps)
 
 
 def mvsplit_rmsnorm_with_mean(
@@ -113,6 +152,7 @@ def mvsplit_rmsnorm_with_mean(
     return y, segment_means(y.detach(), segments)
 
 
+@rounded_once
 def residual_rmsnorm(
     x: Tensor,
     f: Tensor,
@@ -122,4 +162,4 @@ def residual_rmsnorm(
 ) -> Tensor:
     """Return RMSNorm(x + scale * f); no scale is 1."""
     z = x + (f if scale is None else scale * f)
-    return rms_norm(z, weight, eps).to(x.dtype)
+    return rms_norm(z, weight, eps)
