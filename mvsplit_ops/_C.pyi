@@ -73,8 +73,10 @@ def rope_qk_norm_bwd(
     With rotation first and without a weight, q and k are the results of forward.
     """
 
-def swiglu_fwd(x: Tensor, /) -> Tensor: ...
-def swiglu_bwd(dy: Tensor, x: Tensor, /) -> Tensor: ...
+def swiglu_fwd(x: Tensor, up: Tensor | None, gate_first: bool, /) -> Tensor: ...
+def swiglu_bwd(dy: Tensor, x: Tensor, up: Tensor | None, gate_first: bool, /) -> _Two:
+    """Return dx and dup; dup is empty if x is packed."""
+
 def mvsplit_rmsnorm_fwd(
     x: Tensor,
     f: Tensor,

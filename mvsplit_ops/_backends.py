@@ -9,7 +9,9 @@ fallback.
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -55,34 +57,78 @@ _KERNELS = {
     ),
 }
 
-# Names passed to use_backend, the innermost last: a plain list, which torch.compile can guard on.
-_chosen: list[str] = []
 
-
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
+class use_backend(contextlib.ContextDecorator):
     """Run operators that are called without `backend=` inside the block on backend `name`.
 
         with mv.use_backend("reference"):
             y = mv.swiglu(x)
 
-    A backward runs on the backend of its forward, even after the block. The choice holds for the
-    whole process, like the flags of torch.backends.
+    The choice holds for the current thread and asyncio task, and for tasks that are started in the
+    block. Blocks may end in any order; the one entered last and not yet left decides. It may also
+    decorate a function, and be used inside or outside of a function that torch.compile compiles.
+    A backward runs on the backend of its forward, even after the block. Blocks that activation
+    checkpointing recomputes in backward use the choice of the thread that called backward.
     ValueError: unknown backend.
     """
-    _check_name("use_backend", name)
-    _chosen.append(name)
-    try:
-        yield
-    finally:
-        _chosen.pop()
+
+    def __init__(self, name: str) -> None:
+        self.name = _check_name("use_backend", name)
+
+    def _recreate_cm(self) -> "use_backend":  # for each call of a decorated function
+        return use_backend(self.name)
+
+    def __enter__(self) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            self._outer = _compiling.name
+            _compiling.name = self.name
+        else:
+            _set_entered((*_entered.get(), self))
+
+    def __exit__(self, *error: object) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            _compiling.name = self._outer
+            return
+        entered = list(_entered.get())
+        for i in reversed(range(len(entered))):
+            if entered[i] is self:
+                del entered[i]
+                break
+        _set_entered(tuple(entered))
+
+
+# The blocks that this thread or asyncio task has entered, the last one last.
+_entered: ContextVar[tuple[use_backend, ...]] = ContextVar("use_backend", default=())
+
+
+class _Compiling(threading.local):
+    """The choice of this thread for torch.compile, which guards on it but not on a ContextVar."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+
+_compiling = _Compiling()
+
+
+def _set_entered(blocks: tuple[use_backend, ...]) -> None:
+    _entered.set(blocks)
+    _compiling.name = blocks[-1].name if blocks else None
+
+
+def chosen() -> str | None:
+    """Return the name that use_backend set for the caller, or None."""
+    if torch.compiler.is_dynamo_compiling():
+        return _compiling.name
+    blocks = _entered.get()
+    return blocks[-1].name if blocks else None
 
 
 def resolve(op: str, backend: str | None, x: torch.Tensor) -> str:
     """Return the backend of a call: the argument, else use_backend's, else the device's default."""
     if not isinstance(x, torch.Tensor):
         raise ValueError(f"{op}: the first argument must be a tensor, got {type(x).__name__}")
-    backend = backend or (_chosen[-1] if _chosen else default(op, x.device))
+    backend = backend or chosen() or default(op, x.device)
     if backend is None:
         raise RuntimeError(
             f"{op}: no backend is the default on device type '{x.device.type}'; "

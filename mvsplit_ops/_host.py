@@ -233,7 +233,11 @@ def prepare_tables(tables: Tables, x: Tensor) -> tuple[Tables, tuple[int, ...]]:
     if not tables:
         return (), ()
     cos, sin = tables
+    dtype = x.dtype if cos.dtype == x.dtype else torch.float32
+    cos, sin = cos.to(dtype), sin.to(dtype)
     B, T, _, D = x.shape
+    if cos.dim() == 3:
+        cos, sin = cos.expand(B, -1, -1), sin.expand(B, -1, -1)
     length = max(T, cos.shape[-2])
     expected = (B, length, D // 2) if cos.dim() == 3 else (length, D // 2)
     require("cos", cos, expected, torch.float32, x.dtype)

@@ -11,14 +11,22 @@ graph and of its backward. `reference` has no kernel: it is plain PyTorch, diffe
 of times.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+from torch.overrides import handle_torch_function, has_torch_function
 
-from mvsplit_ops import _backends, _check
+from mvsplit_ops import _backends, _check, _jagged
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _LIB = torch.library.Library("mvsplit", "DEF")
 
@@ -57,6 +65,7 @@ class Op:
     fake_fwd     (*fwd inputs) -> empty outputs of fwd;  fake_bwd likewise
     save         (ctx, *fwd inputs, outputs) -> None
     backward     (ctx, bwd, *gradients of the results) -> a gradient or None for each fwd input
+    rowwise      whether the rows (the last dimension) of activations are independent of each other
     """
 
     name: str
@@ -70,11 +79,14 @@ class Op:
     fake_bwd: Callable[..., Tensor | tuple[Tensor, ...]]
     save: Callable[..., None]
     backward: Callable[..., Gradients]
+    rowwise: bool = False
 
     def __call__(self, *inputs: Any, backend: str | None, outputs: int | None = None) -> Any:
         """Run the operator on the inputs of fwd; return the results, or the first `outputs`."""
         count = outputs or self.results
         backend = _backends.resolve(self.name, backend, inputs[0])
+        if inputs[0].is_nested:
+            return self._run_on_jagged(inputs, backend)
         if backend == "reference":
             inputs = _cast_for_autocast(self, inputs, inputs[0].device.type)
             self.check(*inputs)
@@ -83,6 +95,21 @@ class Op:
         if count == 1:
             return results if isinstance(results, Tensor) else results[0]
         return results[:count]
+
+    def _run_on_jagged(self, inputs: tuple[Any, ...], backend: str) -> Any:
+        """Run the operator on the values of nested tensors, as one sample."""
+        if not self.rowwise:
+            raise ValueError(
+                f"{self.name}: nested tensors are not supported, because a token depends on its "
+                "position or on other tokens; pad them with torch.nested.to_padded_tensor"
+            )
+        count = self.activations
+        values = _jagged.to_values(self.name, inputs[:count])
+        results = self(*values, *inputs[count:], backend=backend)
+        if isinstance(results, Tensor):
+            return _jagged.to_nested(results, inputs[0])
+        pairs = zip(results, inputs[:count], strict=True)
+        return tuple(_jagged.to_nested(t, like) for t, like in pairs)
 
 
 def register(op: Op) -> Op:
@@ -107,10 +134,26 @@ def register(op: Op) -> Op:
     return op
 
 
-def expose(function: Callable[..., Any], schema: str) -> None:
-    """Register a public function under its name, mvsplit::<op>."""
-    _LIB.define(function.__name__ + schema)
-    _LIB.impl(function.__name__, function, "CompositeImplicitAutograd")
+def expose(schema: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Register a public function under its name, mvsplit::<op>, as torch.library and fx expect.
+
+    Tensor-like arguments that override functions of torch (__torch_function__), such as the proxies
+    of torch.fx and subclasses of Tensor, handle the call as they handle PyTorch's own functions.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if has_torch_function(args) or (kwargs and has_torch_function((*kwargs.values(),))):
+                overriding = (*args, *kwargs.values())
+                return handle_torch_function(call, overriding, *args, **kwargs)
+            return function(*args, **kwargs)
+
+        _LIB.define(function.__name__ + schema)
+        _LIB.impl(function.__name__, function, "CompositeImplicitAutograd")
+        return call
+
+    return decorate
 
 
 def recompute_cheap_ops() -> list[torch._ops.OpOverload]:
@@ -167,19 +210,20 @@ def _register_autograd(op: Op, fwd: str, bwd: str) -> None:
         )
 
     for name, kernel in (
-        (fwd, _autograd_kernel(fwd, save, backward)),
-        (bwd, _autograd_kernel(bwd, save_nothing, refuse_second_derivative)),
+        (fwd, _autograd_kernel(op, fwd, save, backward)),
+        (bwd, _autograd_kernel(op, bwd, save_nothing, refuse_second_derivative)),
     ):
         _LIB.impl(name, kernel, "Autograd", with_keyset=True)
 
 
 def _autograd_kernel(
-    name: str, save: Callable[..., None], backward: Callable[..., Gradients]
+    op: Op, name: str, save: Callable[..., None], backward: Callable[..., Gradients]
 ) -> Callable[..., Any]:
     """Return what torch.library.register_autograd would install, but 30 us faster per call.
 
     register_autograd spends most of its time looking for arguments that were left at their
-    defaults, and kernel ops have no defaults. It takes the same two functions:
+    defaults, and kernel ops have no defaults. Its kernels also fail under the transforms of
+    torch.func, and drop the tangents of forward-mode derivatives. It takes the same two functions:
     save(ctx, inputs, output) and backward(ctx, *gradients).
     """
     kernel = getattr(torch.ops.mvsplit, name).default
@@ -188,11 +232,16 @@ def _autograd_kernel(
         with torch._C._AutoDispatchBelowAutograd():
             return kernel.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
-    class Function(torch.autograd.Function):
+    class Function(_SingleLevelFunction):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             *inputs, keyset = args
-            output = run_below_autograd(keyset, inputs)
+            if torch._C._are_functorch_transforms_active():
+                # A Function turns both off, but an outer transform may need the derivative.
+                with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                    output = run_below_autograd(keyset, inputs)
+            else:
+                output = run_below_autograd(keyset, inputs)
             save(ctx, inputs, output)
             return output
 
@@ -201,13 +250,29 @@ def _autograd_kernel(
             return (*backward(ctx, *grads), None)
 
     Function.__name__ = f"mvsplit_{name}"
+    apply = Function.apply  # type: ignore[attr-defined]
 
     def run(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return Function.apply(*args, keyset)
-        return run_below_autograd(keyset, args)
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(op, args)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return run_below_autograd(keyset, args)
+        if torch._C._are_functorch_transforms_active():
+            with enable_single_level_autograd_function():
+                return apply(*args, keyset)
+        return apply(*args, keyset)
 
     return run
+
+
+def _refuse_tangents(op: Op, args: Sequence[Any]) -> None:
+    """Raise RuntimeError if an argument is a dual tensor of forward-mode differentiation."""
+    for t in args:
+        if isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None:
+            raise RuntimeError(
+                f"{op.name}: no kernel computes forward-mode derivatives (jvp, jacfwd, hessian); "
+                "pass backend='reference'"
+            )
 
 
 def _cast_for_autocast(op: Op, inputs: tuple[Any, ...], device: str) -> tuple[Any, ...]:
@@ -216,8 +281,10 @@ def _cast_for_autocast(op: Op, inputs: tuple[Any, ...], device: str) -> tuple[An
         return inputs
     dtype, n = torch.get_autocast_dtype(device), op.activations
 
-    def cast(t: Tensor) -> Tensor:
-        return t if t.dtype not in _check.ACTIVATIONS or t.dtype == torch.float64 else t.to(dtype)
+    def cast(t: Tensor | None) -> Tensor | None:
+        if t is None or t.dtype not in _check.ACTIVATIONS or t.dtype == torch.float64:
+            return t
+        return t.to(dtype)
 
     return (*map(cast, inputs[:n]), *inputs[n:])
 

@@ -10,6 +10,7 @@ from mvsplit_ops._check import (
     check_parameter,
     check_segments,
     check_statistic,
+    to_eps,
     to_token_counts,
 )
 from mvsplit_ops._host import accumulator_dtype
@@ -132,6 +133,10 @@ _OP = register(
 )
 
 
+@expose(
+    "(Tensor x, Tensor f, Tensor alpha, Tensor beta, Tensor? weight=None, *, "
+    "SymInt[]? segments=None, float eps=1e-5, str? backend=None) -> Tensor"
+)
 def mvsplit_rmsnorm(
     x: Tensor,
     f: Tensor,
@@ -150,18 +155,24 @@ def mvsplit_rmsnorm(
     x, f         (B, T, D)   fp32, bf16, fp16, fp64   X_l, the residual stream; F_l, the branch
     alpha, beta  (D,)        fp32 or dtype of x       gains of the mean and of the centred part
     weight       (D,)        fp32 or dtype of x       RMSNorm weight; optional, the paper uses none
-    segments     ints        token counts that sum to T, e.g. of image and text; None: one segment
+    segments     ints        token counts that sum to T, e.g. of image and text; None: one segment;
+                             at most 64 integers of any type: int, numpy, symbolic, 0-d tensors
     returns      (B, T, D)   dtype of x               X_{l+1}
 
     Moves 2 reads and 1 write forward, 3 and 2 backward. Backward reads dy, y and f; with a weight,
     x instead of y. fp32 accumulation (fp64 for fp64), bit-identical from run to run.
-    ValueError: shape, dtype, device, segments. RuntimeError: the backend cannot run here.
+    ValueError: shape, dtype, device, segments. RuntimeError: the backend cannot run here, or the
+    derivative has no kernel (forward mode, second derivatives; backend='reference' has them).
     arXiv 2605.06169, Sec. 5; segments: App. E.
     """
-    inputs = x, f, alpha, beta, weight, None, _to_counts(x, segments), eps, False
+    inputs = x, f, alpha, beta, weight, None, _to_counts(x, segments), to_eps(_NAME, eps), False
     return _OP(*inputs, backend=backend)
 
 
+@expose(
+    "(Tensor x, Tensor f, Tensor alpha, Tensor beta, Tensor? weight=None, *, Tensor? jx=None, "
+    "SymInt[]? segments=None, float eps=1e-5, str? backend=None) -> (Tensor, Tensor)"
+)
 def mvsplit_rmsnorm_with_mean(
     x: Tensor,
     f: Tensor,
@@ -187,7 +198,7 @@ def mvsplit_rmsnorm_with_mean(
     of x. It must be the mean of x, which is not checked. The gradients are those of
     mvsplit_rmsnorm, in which jx is a function of x; jx and jy have none.
     """
-    inputs = x, f, alpha, beta, weight, jx, _to_counts(x, segments), eps, True
+    inputs = x, f, alpha, beta, weight, jx, _to_counts(x, segments), to_eps(_NAME, eps), True
     return _OP(*inputs, backend=backend, outputs=2)
 
 
@@ -195,15 +206,3 @@ def _to_counts(x: Tensor, segments: Sequence[int] | None) -> list[int]:
     if segments is None and isinstance(x, Tensor) and x.dim() == 3:
         segments = [x.shape[1]]
     return to_token_counts(_NAME, segments)
-
-
-expose(
-    mvsplit_rmsnorm,
-    "(Tensor x, Tensor f, Tensor alpha, Tensor beta, Tensor? weight=None, *, "
-    "SymInt[]? segments=None, float eps=1e-5, str? backend=None) -> Tensor",
-)
-expose(
-    mvsplit_rmsnorm_with_mean,
-    "(Tensor x, Tensor f, Tensor alpha, Tensor beta, Tensor? weight=None, *, Tensor? jx=None, "
-    "SymInt[]? segments=None, float eps=1e-5, str? backend=None) -> (Tensor, Tensor)",
-)

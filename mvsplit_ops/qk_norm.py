@@ -4,7 +4,14 @@ import torch
 from torch import Tensor
 
 from mvsplit_ops import reference
-from mvsplit_ops._check import check_activation, check_parameter, fail
+from mvsplit_ops._check import (
+    check_activation,
+    check_parameter,
+    check_width,
+    expect,
+    sizes_equal,
+    to_eps,
+)
 from mvsplit_ops._host import accumulator_dtype
 from mvsplit_ops._register import Context, Gradients, Kernel, Op, expose, register
 
@@ -16,10 +23,12 @@ def check_heads(
 ) -> None:
     """Check that q (B, T, H, Dh) and k (B, T, Hk, Dh) fit together, and that weights are (Dh,)."""
     check_activation(op, "q", q, "B T H Dh")
+    check_width(op, "Dh, the last dimension of q,", q)
     check_activation(op, "k", k, "B T H Dh", like=("q", q))
-    if (*k.shape[:2], k.shape[3]) != (*q.shape[:2], q.shape[3]):
-        B, T, _, Dh = q.shape
-        fail(op, "k", f"({B}, {T}, heads, {Dh}) to go with q", tuple(k.shape))
+    B, T, _, Dh = q.shape
+    fits = sizes_equal((*k.shape[:2], k.shape[3]), (B, T, Dh))
+    if fits is not True:
+        expect(fits, op, "k", f"({B}, {T}, heads, {Dh}) to go with q", tuple(k.shape))
     check_parameter(op, "q_weight", q_weight, q.shape[3], q)
     check_parameter(op, "k_weight", k_weight, q.shape[3], q)
 
@@ -102,10 +111,15 @@ _OP = register(
         fake_bwd=_fake_bwd,
         save=_save,
         backward=_backward,
+        rowwise=True,
     )
 )
 
 
+@expose(
+    "(Tensor q, Tensor k, Tensor? q_weight=None, Tensor? k_weight=None, *, "
+    "float eps=1e-6, str? backend=None) -> (Tensor, Tensor)"
+)
 def qk_norm(
     q: Tensor,
     k: Tensor,
@@ -126,15 +140,10 @@ def qk_norm(
 
     fp32 arithmetic (fp64 for fp64), bit-identical from run to run. Backward reads dy, the result
     and 1/rms; with a weight, the input instead of the result.
-    ValueError: shape, dtype, device. RuntimeError: the backend cannot run here.
+    Nested tensors of layout torch.jagged are accepted.
+    ValueError: shape, dtype, device. RuntimeError: the backend cannot run here, or the derivative
+    has no kernel (forward mode, second derivatives; backend='reference' has them).
     Henry et al., Query-Key Normalization, arXiv 2010.04245; Zhang and Sennrich, RMSNorm, arXiv
     1910.07467.
     """
-    return _OP(q, k, q_weight, k_weight, eps, backend=backend)
-
-
-expose(
-    qk_norm,
-    "(Tensor q, Tensor k, Tensor? q_weight=None, Tensor? k_weight=None, *, "
-    "float eps=1e-6, str? backend=None) -> (Tensor, Tensor)",
-)
+    return _OP(q, k, q_weight, k_weight, to_eps("qk_norm", eps), backend=backend)

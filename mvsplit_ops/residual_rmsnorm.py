@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from mvsplit_ops import reference
-from mvsplit_ops._check import check_merge_inputs, check_parameter
+from mvsplit_ops._check import check_merge_inputs, check_parameter, to_eps
 from mvsplit_ops._host import accumulator_dtype
 from mvsplit_ops._register import Context, Gradients, Kernel, Op, expose, register
 
@@ -75,10 +75,15 @@ _OP = register(
         fake_bwd=_fake_bwd,
         save=_save,
         backward=_backward,
+        rowwise=True,
     )
 )
 
 
+@expose(
+    "(Tensor x, Tensor f, Tensor? scale=None, Tensor? weight=None, *, "
+    "float eps=1e-5, str? backend=None) -> Tensor"
+)
 def residual_rmsnorm(
     x: Tensor,
     f: Tensor,
@@ -100,16 +105,11 @@ def residual_rmsnorm(
     Moves 2 reads and 1 write forward. Backward moves 2 and 1 without scale and weight (dy and y),
     3 and 2 with a scale (dy, x and f). fp32 accumulation (fp64 for fp64), bit-identical from run to
     run.
-    ValueError: shape, dtype, device. RuntimeError: the backend cannot run here.
+    Nested tensors of layout torch.jagged, (B, *, D), are accepted.
+    ValueError: shape, dtype, device. RuntimeError: the backend cannot run here, or the derivative
+    has no kernel (forward mode, second derivatives; backend='reference' has them).
     LayerScale: arXiv 2103.17239. ReZero: arXiv 2003.04887.
     """
     if isinstance(scale, Tensor) and scale.dim() == 0 and isinstance(x, Tensor) and x.dim() == 3:
         scale = scale.expand(x.shape[2])  # autograd sums the gradient back to the scalar
-    return _OP(x, f, scale, weight, eps, backend=backend)
-
-
-expose(
-    residual_rmsnorm,
-    "(Tensor x, Tensor f, Tensor? scale=None, Tensor? weight=None, *, "
-    "float eps=1e-5, str? backend=None) -> Tensor",
-)
+    return _OP(x, f, scale, weight, to_eps(_NAME, eps), backend=backend)

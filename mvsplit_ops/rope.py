@@ -5,6 +5,7 @@ from torch import Tensor
 from mvsplit_ops import reference
 from mvsplit_ops._check import check_activation, check_tables
 from mvsplit_ops._register import Context, Gradients, Kernel, Op, expose, register
+from mvsplit_ops._tables import to_half_width
 
 
 def _check_inputs(x: Tensor, cos: Tensor, sin: Tensor, *_: bool) -> None:
@@ -62,10 +63,14 @@ _OP = register(
 )
 
 
+@expose(
+    "(Tensor x, Tensor cos, Tensor? sin=None, *, bool interleaved=False, "
+    "bool conjugate=False, str? backend=None) -> Tensor"
+)
 def rope(
     x: Tensor,
     cos: Tensor,
-    sin: Tensor,
+    sin: Tensor | None = None,
     *,
     interleaved: bool = False,
     conjugate: bool = False,
@@ -74,23 +79,24 @@ def rope(
     """Rotate each pair of x by its angle: o1 = x1 cos - x2 sin, o2 = x2 cos + x1 sin.
 
         q = mv.rope(q, theta.cos(), theta.sin())  # theta (T, Dh/2) in radians
+        q = mv.rope(q, torch.polar(torch.ones_like(theta), theta))  # one complex table
 
-    x            (B, T, H, Dh)               fp32, bf16, fp16, fp64; Dh even; any row stride
-    cos, sin     (T, Dh/2) or (B, T, Dh/2)   fp32 or dtype of x; constants; rows after T are unused
-    interleaved  bool                        pairs (2i, 2i + 1) instead of (i, i + Dh/2)
-    conjugate    bool                        rotate by -theta
-    returns      (B, T, H, Dh)               dtype of x, contiguous
+    x            (B, T, H, Dh)   fp32, bf16, fp16, fp64; Dh even; any row stride
+    cos, sin     (T, Dh/2), (1, T, Dh/2) or (B, T, Dh/2); constants; rows after T are unused
+                 or width Dh, each angle twice: two equal halves, or pairs of equal neighbours
+                 or one complex table as cos, and no sin
+                 any floating-point dtype and any strides, read in place without a copy
+    interleaved  bool            pairs (2i, 2i + 1) instead of (i, i + Dh/2)
+    conjugate    bool            rotate by -theta
+    returns      (B, T, H, Dh)   dtype of x, contiguous
 
-    fp32 arithmetic (fp64 for fp64). The gradient is the rotation by -theta.
+    fp32 arithmetic (fp64 for fp64). The gradient is the rotation by -theta. The values of a table
+    of width Dh are checked at its first use, which waits for a GPU; torch.compile checks in the
+    graph.
     ValueError: shape, dtype, device, or a table that requires grad. RuntimeError: the backend
-    cannot run here.
+    cannot run here, or the derivative has no kernel (forward mode, second derivatives;
+    backend='reference' has them).
     Su et al., RoFormer, arXiv 2104.09864.
     """
+    cos, sin = to_half_width("rope", cos, sin, x, interleaved)
     return _OP(x, cos, sin, interleaved, conjugate, backend=backend)
-
-
-expose(
-    rope,
-    "(Tensor x, Tensor cos, Tensor sin, *, bool interleaved=False, "
-    "bool conjugate=False, str? backend=None) -> Tensor",
-)

@@ -5,8 +5,9 @@ from typing import Any
 from torch import Tensor
 
 from mvsplit_ops import reference
-from mvsplit_ops._check import check_tables
+from mvsplit_ops._check import check_tables, to_eps
 from mvsplit_ops._register import Context, Gradients, Kernel, Op, expose, register
+from mvsplit_ops._tables import to_half_width
 from mvsplit_ops.qk_norm import (
     FourTensors,
     check_heads,
@@ -16,6 +17,8 @@ from mvsplit_ops.qk_norm import (
     zeros_for_missing,
 )
 from mvsplit_ops.rope import require_constant_tables
+
+_NAME = "rope_qk_norm"
 
 
 def _check_inputs(
@@ -27,8 +30,8 @@ def _check_inputs(
     k_weight: Tensor | None,
     *_: object,
 ) -> None:
-    check_heads("rope_qk_norm", q, k, q_weight, k_weight)
-    check_tables("rope_qk_norm", cos, sin, q)
+    check_heads(_NAME, q, k, q_weight, k_weight)
+    check_tables(_NAME, cos, sin, q)
 
 
 def _save(
@@ -42,7 +45,7 @@ def _save(
     eps: float,
     *modes_and_outputs: Any,
 ) -> None:
-    require_constant_tables("rope_qk_norm", ctx, 2)
+    require_constant_tables(_NAME, ctx, 2)
     *modes, (q_out, k_out, *rstd) = modes_and_outputs
     ctx.modes = interleaved, conjugate, norm_first = tuple(modes)
     if not norm_first:  # else y is the rotated n, which only unit tables could turn back
@@ -65,7 +68,7 @@ def _fake_bwd(dq: Tensor, dk: Tensor, *saved_and_modes: Any) -> FourTensors:
 
 _OP = register(
     Op(
-        name="rope_qk_norm",
+        name=_NAME,
         fwd="(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, "
         "float eps, bool interleaved, bool conjugate, bool norm_first, str backend) "
         "-> (Tensor, Tensor, Tensor, Tensor)",
@@ -84,11 +87,16 @@ _OP = register(
 )
 
 
+@expose(
+    "(Tensor q, Tensor k, Tensor cos, Tensor? sin=None, Tensor? q_weight=None, "
+    "Tensor? k_weight=None, *, float eps=1e-6, bool interleaved=False, "
+    "bool conjugate=False, bool norm_first=False, str? backend=None) -> (Tensor, Tensor)"
+)
 def rope_qk_norm(
     q: Tensor,
     k: Tensor,
     cos: Tensor,
-    sin: Tensor,
+    sin: Tensor | None = None,
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     *,
@@ -102,14 +110,14 @@ def rope_qk_norm(
 
         q, k = mv.rope_qk_norm(q, k, theta.cos(), theta.sin())  # theta (T, Dh/2) in radians
 
-    q                   (B, T, H, Dh)               fp32, bf16, fp16, fp64; any row stride
-    k                   (B, T, Hk, Dh)              dtype of q; Hk may differ from H
-    cos, sin            (T, Dh/2) or (B, T, Dh/2)   fp32 or dtype of q; see rope
-    q_weight, k_weight  (Dh,)                       fp32 or dtype of q; optional
-    interleaved         bool                        pairs (2i, 2i + 1) instead of (i, i + Dh/2)
-    conjugate           bool                        rotate by -theta
-    norm_first          bool                        normalise and weigh before the rotation
-    returns             q, k                        shapes and dtype of q and k, contiguous
+    q                   (B, T, H, Dh)    fp32, bf16, fp16, fp64; Dh even; any row stride
+    k                   (B, T, Hk, Dh)   dtype of q; Hk may differ from H
+    cos, sin            (T, Dh/2), ..    every form that rope takes, also one complex table
+    q_weight, k_weight  (Dh,)            fp32 or dtype of q; optional
+    interleaved         bool             pairs (2i, 2i + 1) instead of (i, i + Dh/2)
+    conjugate           bool             rotate by -theta
+    norm_first          bool             normalise and weigh before the rotation
+    returns             q, k             shapes and dtype of q and k, contiguous
 
     A rotation preserves the norm of a row, so without weights both orders are the same function;
     tables whose pairs are not unit vectors (YaRN's) are used as they are. Moves 2 reads and 2
@@ -117,16 +125,10 @@ def rope_qk_norm(
     norm_first, the input instead of the result. fp32 arithmetic (fp64 for fp64), bit-identical from
     run to run.
     ValueError: shape, dtype, device, or a table that requires grad. RuntimeError: the backend
-    cannot run here.
+    cannot run here, or the derivative has no kernel (forward mode, second derivatives;
+    backend='reference' has them).
     arXiv 2605.06169: RoPE, then QK-Norm without weights.
     """
+    cos, sin = to_half_width(_NAME, cos, sin, q, interleaved)
     modes = interleaved, conjugate, norm_first
-    return _OP(q, k, cos, sin, q_weight, k_weight, eps, *modes, backend=backend)
-
-
-expose(
-    rope_qk_norm,
-    "(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? q_weight=None, "
-    "Tensor? k_weight=None, *, float eps=1e-6, bool interleaved=False, "
-    "bool conjugate=False, bool norm_first=False, str? backend=None) -> (Tensor, Tensor)",
-)
+    return _OP(q, k, cos, sin, q_weight, k_weight, to_eps(_NAME, eps), *modes, backend=backend)

@@ -26,18 +26,24 @@ __all__ = ["find_missing", "swiglu_bwd", "swiglu_fwd"]
 TILE = {"BLOCK": 2048, "num_warps": 4}
 
 
-def swiglu_fwd(x: Tensor) -> Tensor:
+def swiglu_fwd(x: Tensor, up: Tensor | None, gate_first: bool) -> Tensor:
+    if up is not None or not gate_first:
+        raise NotImplementedError("swiglu of two tensors")
     x = to_strided_rows(x)
     y = new_empty(x, (*x.shape[:-1], x.shape[-1] // 2))
     _launch(_fwd, x, y, x, y)
     return y
 
 
-def swiglu_bwd(dy: Tensor, x: Tensor) -> Tensor:
+def swiglu_bwd(
+    dy: Tensor, x: Tensor, up: Tensor | None, gate_first: bool
+) -> tuple[Tensor, Tensor]:
+    if up is not None or not gate_first:
+        raise NotImplementedError("swiglu of two tensors")
     require("dy", dy, (*x.shape[:-1], x.shape[-1] // 2), x.dtype)
     x, dy, dx = to_strided_rows(x), to_strided_rows(dy), new_empty(x, x.shape)
     _launch(_bwd, x, dy, dy, x, dx)
-    return dx
+    return dx, new_empty(x, 0)
 
 
 def _launch(kernel: Any, x: Tensor, y: Tensor, *tensors: Tensor) -> None:

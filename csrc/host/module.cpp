@@ -14,29 +14,29 @@ namespace {
 
 // ---- Operators on heads: rope, qk_norm, rope_qk_norm ----
 
-// A rotation and the tensors that it points to.
-struct RotationTables {
-    Tensor cos, sin;
-    Rotation rotation;
-};
+Table make_table(const Tensor& t) {
+    const bool per_sample = t.dim() == 3 && t.size(0) > 1;
+    return {t.const_data_ptr(), per_sample ? t.stride(0) : 0, t.stride(-2), t.stride(-1)};
+}
 
-RotationTables make_rotation(const Tensor& x, const Tensor& cos, const Tensor& sin,
-                             bool interleaved, bool conjugate) {
-    const int64_t B = x.size(0), T = x.size(1), half = x.size(3) / 2;
-    TORCH_CHECK(
-        cos.sizes() == sin.sizes() && (cos.dim() == 2 || (cos.dim() == 3 && cos.size(0) == B)) &&
-            cos.size(-1) == half && cos.size(-2) >= T,
-        "mvsplit_ops: cos and sin must have shape (T, Dh/2) or (B, T, Dh/2) for x of shape ",
-        x.sizes(), ", got ", cos.sizes(), " and ", sin.sizes());
-    RotationTables t{cos.to(acc_dtype(x)).contiguous(), sin.to(acc_dtype(x)).contiguous(), {}};
-    t.rotation = {t.cos.data_ptr(), t.sin.data_ptr(), cos.dim() == 3 ? cos.size(1) * half : 0, half,
-                  interleaved,      conjugate};
-    return t;
+Rotation make_rotation(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved,
+                       bool conjugate) {
+    const int64_t B = x.size(0), T = x.size(1), Dh = x.size(3);
+    const bool shared = cos.dim() == 2 || (cos.dim() == 3 && cos.size(0) == 1);
+    TORCH_CHECK(cos.device().is_cpu() && sin.device().is_cpu() && cos.sizes() == sin.sizes() &&
+                    cos.scalar_type() == sin.scalar_type() && Dh % 2 == 0 &&
+                    (shared || (cos.dim() == 3 && cos.size(0) == B)) && cos.size(-1) == Dh / 2 &&
+                    cos.size(-2) >= T,
+                "mvsplit_ops: cos and sin must be CPU tensors (T, Dh/2), (1, T, Dh/2) or "
+                "(B, T, Dh/2) of one dtype, with even Dh, for x of shape ",
+                x.sizes(), "; got ", cos.scalar_type(), " ", cos.sizes(), " and ",
+                sin.scalar_type(), " ", sin.sizes());
+    return {make_table(cos), make_table(sin), cos.scalar_type(), interleaved, conjugate};
 }
 
 HeadArgs make_head_args(const Tensor& x) {
-    TORCH_CHECK(x.dim() == 4 && x.size(3) % 2 == 0,
-                "mvsplit_ops: expected a tensor (B, T, H, Dh) with even Dh, got shape ", x.sizes());
+    TORCH_CHECK(x.dim() == 4, "mvsplit_ops: expected a tensor (B, T, H, Dh), got shape ",
+                x.sizes());
     HeadArgs a;
     a.B = x.size(0), a.T = x.size(1), a.Dh = x.size(3);
     return a;
@@ -44,9 +44,8 @@ HeadArgs make_head_args(const Tensor& x) {
 
 Tensor rope(Tensor x, const Tensor& cos, const Tensor& sin, bool interleaved, bool conjugate) {
     HeadArgs a = make_head_args(x);
-    const RotationTables t = make_rotation(x, cos, sin, interleaved, conjugate);
+    a.rotation = make_rotation(x, cos, sin, interleaved, conjugate);
     Tensor y = at::empty(x.sizes(), x.options());
-    a.rotation = t.rotation;
     a.parts[0].heads = x.size(2);
     a.parts[0].in = rows(x, 2), a.parts[0].out = rows(y, 2);
     kernels().rope(a, x.scalar_type());
@@ -139,8 +138,8 @@ FourTensors rope_qk_norm_fwd(const Tensor& q, const Tensor& k, const Tensor& cos
                              const OptTensor& q_weight, const OptTensor& k_weight, double eps,
                              bool interleaved, bool conjugate, bool norm_first) {
     HeadArgs a = make_head_args(q);
-    const RotationTables t = make_rotation(q, cos, sin, interleaved, conjugate);
-    a.rotation = t.rotation, a.norm_first = norm_first;
+    a.rotation = make_rotation(q, cos, sin, interleaved, conjugate);
+    a.norm_first = norm_first;
     return norm_forward(a, kernels().rope_qk_norm_fwd, q, k, q_weight, k_weight, eps);
 }
 
@@ -150,39 +149,60 @@ FourTensors rope_qk_norm_bwd(const Tensor& dq, const Tensor& dk, const Tensor& q
                              const OptTensor& k_weight, bool interleaved, bool conjugate,
                              bool norm_first) {
     HeadArgs a = make_head_args(dq);
-    const RotationTables t = make_rotation(dq, cos, sin, interleaved, conjugate);
-    a.rotation = t.rotation, a.norm_first = norm_first;
+    a.rotation = make_rotation(dq, cos, sin, interleaved, conjugate);
+    a.norm_first = norm_first;
     return norm_backward(a, kernels().rope_qk_norm_bwd, dq, dk, q, k, q_rstd, k_rstd, q_weight,
                          k_weight);
 }
 
 // ---- swiglu ----
 
-Tensor swiglu_fwd(Tensor x) {
-    TORCH_CHECK(x.dim() >= 1 && x.size(-1) % 2 == 0,
-                "mvsplit_ops: expected a tensor (..., 2F), got shape ", x.sizes());
-    auto sizes = x.sizes().vec();
-    sizes.back() /= 2;
-    Tensor y = at::empty(sizes, x.options());
+// Gate and value as rows of F. If `up` is null, they are the halves of x, else x and up.
+struct GateAndValue {
+    Rows gate, value;
+    std::vector<int64_t> sizes;  // (.., F)
+    int64_t N, F;
+};
+
+GateAndValue make_gate_and_value(Tensor& x, OptTensor& up, bool gate_first) {
+    TORCH_CHECK(x.dim() >= 1 && (up || x.size(-1) % 2 == 0),
+                "mvsplit_ops: expected a tensor (..., ", up ? "F" : "2F", "), got shape ",
+                x.sizes());
+    GateAndValue p;
+    p.sizes = x.sizes().vec();
+    if (up)
+        check_like("up", *up, x, p.sizes);
+    else
+        p.sizes.back() /= 2;
+    p.F = p.sizes.back();
+    p.N = p.F ? c10::multiply_integers(p.sizes) / p.F : 0;
+    p.gate = rows(x, x.dim() - 1);
+    p.value = up ? rows(*up, up->dim() - 1) : shifted(p.gate, x, p.F);
+    if (!up && !gate_first) std::swap(p.gate, p.value);
+    return p;
+}
+
+Tensor swiglu_fwd(Tensor x, OptTensor up, bool gate_first) {
+    const GateAndValue p = make_gate_and_value(x, up, gate_first);
+    Tensor y = at::empty(p.sizes, x.options());
     SwigluArgs a;
-    a.F = sizes.back(), a.N = a.F ? y.numel() / a.F : 0;
-    a.x = rows(x, x.dim() - 1), a.out = rows(y, y.dim() - 1);
+    a.gate = p.gate, a.value = p.value, a.y = rows(y, y.dim() - 1), a.N = p.N, a.F = p.F;
     kernels().swiglu_fwd(a, x.scalar_type());
     return y;
 }
 
-Tensor swiglu_bwd(Tensor dy, Tensor x) {
-    auto sizes = x.sizes().vec();
-    TORCH_CHECK(x.dim() >= 1 && x.size(-1) % 2 == 0,
-                "mvsplit_ops: expected a tensor (..., 2F), got shape ", x.sizes());
-    sizes.back() /= 2;
-    check_like("dy", dy, x, sizes);
+std::tuple<Tensor, Tensor> swiglu_bwd(Tensor dy, Tensor x, OptTensor up, bool gate_first) {
+    const GateAndValue p = make_gate_and_value(x, up, gate_first);
+    check_like("dy", dy, x, p.sizes);
     Tensor dx = at::empty(x.sizes(), x.options());
+    OptTensor dup;
+    if (up) dup = at::empty(p.sizes, x.options());
+    const GateAndValue d = make_gate_and_value(dx, dup, gate_first);
     SwigluArgs a;
-    a.F = sizes.back(), a.N = a.F ? dy.numel() / a.F : 0;
-    a.x = rows(x, x.dim() - 1), a.dy = rows(dy, dy.dim() - 1), a.out = rows(dx, dx.dim() - 1);
+    a.gate = p.gate, a.value = p.value, a.dy = rows(dy, dy.dim() - 1);
+    a.dgate = d.gate, a.dvalue = d.value, a.N = p.N, a.F = p.F;
     kernels().swiglu_bwd(a, x.scalar_type());
-    return dx;
+    return {dx, dup ? *dup : at::empty({0}, x.options())};
 }
 
 // ---- Residual merges: mvsplit_rmsnorm, residual_rmsnorm ----

@@ -66,7 +66,7 @@ def list_programs(
 
 def _call_swiglu(dtype: torch.dtype, D: int) -> None:
     x = torch.empty(4, 16, 6 * D, dtype=dtype)
-    _cuda.swiglu_bwd(_cuda.swiglu_fwd(x), x)
+    _cuda.swiglu_bwd(_cuda.swiglu_fwd(x, None, True), x, None, True)
 
 
 def _call_heads(dtype: torch.dtype, H: int, Dh: int) -> None:

@@ -92,7 +92,7 @@ def test_an_unknown_backend_is_named():
     with pytest.raises(ValueError, match=f"^use_backend: backend {message}"), mv.use_backend("gpu"):
         pass
     with pytest.raises(ValueError, match="^swiglu: backend must be one of"):
-        torch.ops.mvsplit.swiglu_fwd(torch.ones(2), "gpu")
+        torch.ops.mvsplit.swiglu_fwd(torch.ones(2), None, True, "gpu")
 
 
 @pytest.mark.parametrize("op", _backends.OPS)
@@ -110,7 +110,7 @@ def test_the_error_of_a_missing_backend_names_the_reason(op):
 
 def test_the_reference_has_no_kernel():
     with pytest.raises(RuntimeError, match="swiglu: backend 'reference' has no kernel"):
-        torch.ops.mvsplit.swiglu_fwd(torch.ones(2), "reference")
+        torch.ops.mvsplit.swiglu_fwd(torch.ones(2), None, True, "reference")
 
 
 def test_a_backend_refuses_the_tensors_of_another_device():
@@ -209,8 +209,8 @@ def test_backward_ops_never_read_out_of_bounds(backend):
     q, rstd, a = torch.randn(2, 4, 1, 8), torch.rand(2, 4), torch.rand(8)
     mean = torch.rand(2, 1, 8)
     calls = (
-        lambda: ops.swiglu_bwd(torch.randn(2, 4, 3), x, backend),
-        lambda: ops.swiglu_bwd(torch.randn(2, 4, 4).double(), x, backend),
+        lambda: ops.swiglu_bwd(torch.randn(2, 4, 3), x, None, True, backend),
+        lambda: ops.swiglu_bwd(torch.randn(2, 4, 4).double(), x, None, True, backend),
         lambda: ops.rope_bwd(q, torch.rand(3, 4), torch.rand(3, 4), False, False, backend),
         lambda: ops.qk_norm_bwd(
             q, q, q[:1], q, rstd[..., None], rstd[..., None], None, None, backend

@@ -20,6 +20,9 @@ def a_table_for_each_sample(shape, g):
     return (x,), (cos * turns, sin / turns), {}
 
 
+TABLES = "(5, 2), (1, 5, 2) or (2, 5, 2), or of width 4, of float32, bfloat16, float16, float64"
+
+
 class TestRope(OpSuite):
     variants = {
         "halves": variant("rope", one_head_set),
@@ -65,12 +68,12 @@ class TestRope(OpSuite):
             "cos must be at least 5 rows long, one for each token, got float32 (4, 2)"
         ):
             mv.rope(x, t[:4], t[:4])
-        with self.refuses("cos must be float32 (5, 2) or (2, 5, 2), got float32 (5, 3)"):
+        with self.refuses(f"cos must be {TABLES}, got float32 (5, 3)"):
             mv.rope(x, torch.rand(5, 3), torch.rand(5, 3))
-        with self.refuses("cos must be float32 (5, 2) or (2, 5, 2), got float32 (3, 5, 2)"):
+        with self.refuses(f"cos must be {TABLES}, got float32 (3, 5, 2)"):
             mv.rope(x, t.expand(3, 5, 2), t.expand(3, 5, 2))
-        with self.refuses("cos must be float32 (5, 2) or (2, 5, 2), got float64 (5, 2)"):
-            mv.rope(x, t.double(), t.double())
+        with self.refuses(f"cos must be {TABLES}, got int64 (5, 2)"):
+            mv.rope(x, t.long(), t.long())
         with self.refuses("sin must be of the shape of cos, (6, 2), got (5, 2)"):
             mv.rope(x, torch.rand(6, 2), t)
         with self.refuses(f"cos must be on {x.device}, the device of the first input, got meta"):

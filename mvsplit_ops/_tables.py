@@ -1,0 +1,92 @@
+"""Rotary tables in the forms in which other libraries keep them, as cos and sin of half the width.
+
+The kernels take cos and sin (T, Dh/2), (1, T, Dh/2) or (B, T, Dh/2) of any floating-point dtype and
+any strides, so a conversion is a view, not a copy.
+"""
+
+import functools
+import weakref
+
+import torch
+from torch import Tensor
+
+from mvsplit_ops._check import fail
+from mvsplit_ops._host import describe
+
+# Whether the first layout of _layouts() fits, for each view of each table that was checked:
+# {id of the tensor that owns the memory: (weak reference to it, {(): version, view: answer})}.
+_answers: dict[int, tuple[weakref.ref[Tensor], dict[tuple[object, ...], int]]] = {}
+
+
+def to_half_width(
+    op: str, cos: Tensor, sin: Tensor | None, x: Tensor, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of width Dh/2, as views, from any of the forms that `rope` accepts.
+
+    Complex tables have cos as real and sin as imaginary part. A table of width Dh holds each angle
+    twice: in two equal halves, or in pairs of equal neighbours.
+    ValueError: sin is missing or superfluous, or the two entries of an angle differ.
+    """
+    if sin is None:
+        if not isinstance(cos, Tensor) or not cos.is_complex():
+            fail(op, "sin", "a tensor, or None if cos is complex", f"None with {describe(cos)}")
+        cos, sin = cos.real, cos.imag
+    elif isinstance(cos, Tensor) and cos.is_complex():
+        fail(op, "sin", "None if cos is complex", describe(sin))
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        return cos, sin  # the operator's check names the error
+    tables = cos, sin
+    if all(isinstance(t, Tensor) and t.dim() and t.shape[-1] == x.shape[-1] for t in tables):
+        cos = _halve(op, "cos", cos, interleaved)
+        sin = _halve(op, "sin", sin, interleaved)
+    return cos, sin
+
+
+def _halve(op: str, arg: str, t: Tensor, interleaved: bool) -> Tensor:
+    """Return the angles of a full-width table, each once.
+
+    The layout of the mode, halves or interleaved pairs, is tried first.
+    """
+    if t.shape[-1] % 2:
+        return t  # the operator's check names the error
+    half = t.shape[-1] // 2
+    layouts = [(t[..., :half], t[..., half:]), (t[..., ::2], t[..., 1::2])]
+    first, second = reversed(layouts) if interleaved else layouts
+    expected = f"{op}: {arg} of width Dh must repeat each angle, in two equal halves or in pairs"
+    if _are_values_hidden(t):  # the graph then checks the values, and selects
+        fits = _all_equal(first)
+        torch._assert_async(fits | _all_equal(second), expected)
+        return torch.where(fits, first[0], second[0])
+    answers = _answers_about(t)
+    view = (*t.shape, *t.stride(), t.storage_offset(), interleaved)
+    if view not in answers:
+        answers[view] = bool(_all_equal(first))
+        if not answers[view] and not _all_equal(second):
+            del answers[view]
+            raise ValueError(f"{expected}; or pass width Dh/2 = {half}")
+    return first[0] if answers[view] else second[0]
+
+
+def _all_equal(pair: tuple[Tensor, Tensor]) -> Tensor:
+    return (pair[0] == pair[1]).all()
+
+
+def _are_values_hidden(t: Tensor) -> bool:
+    """Return whether reading values would break a trace or the capture of a CUDA graph."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or t.is_meta:
+        return True
+    if t.is_cuda:
+        return torch.cuda.is_current_stream_capturing()
+    return type(t) not in (Tensor, torch.nn.Parameter)
+
+
+def _answers_about(t: Tensor) -> dict[tuple[object, ...], int]:
+    """Return the answers about the present values of a table, empty if they are new."""
+    if t.is_inference():  # changes of its values are not counted
+        return {}
+    owner = t._base if t._base is not None else t
+    entry = _answers.get(id(owner))
+    if entry is None or entry[0]() is not owner or entry[1].get(()) != owner._version:
+        forget = functools.partial(_answers.pop, id(owner))  # takes the reference as default
+        entry = _answers[id(owner)] = (weakref.ref(owner, forget), {(): owner._version})
+    return entry[1]
