@@ -10,7 +10,7 @@ where: `python -m mvsplit_ops`, or mv.backends().
 """
 
 from mvsplit_ops import reference
-from mvsplit_ops._backends import backends, use_backend
+from mvsplit_ops._backends import backends, get_backend, use_backend
 from mvsplit_ops._register import recompute_cheap_ops
 from mvsplit_ops._version import __version__ as __version__
 from mvsplit_ops.modules import MVSplitRMSNorm
@@ -24,6 +24,7 @@ from mvsplit_ops.swiglu import swiglu
 __all__ = [
     "MVSplitRMSNorm",
     "backends",
+    "get_backend",
     "mvsplit_rmsnorm",
     "mvsplit_rmsnorm_with_mean",
     "qk_norm",

@@ -66,9 +66,15 @@ class use_backend(contextlib.ContextDecorator):
 
     The choice holds for the current thread and asyncio task, and for tasks that are started in the
     block. Blocks may end in any order; the one entered last and not yet left decides. It may also
-    decorate a function, and be used inside or outside of a function that torch.compile compiles.
-    A backward runs on the backend of its forward, even after the block. Blocks that activation
-    checkpointing recomputes in backward use the choice of the thread that called backward.
+    decorate a function, and be used inside or outside of a function that torch.compile compiles
+    (which sees the choice of its thread, not of an asyncio task).
+
+    A backward runs on the backend of its forward, even after the block. But activation
+    checkpointing calls the operators again, for tensors on a GPU in a thread of autograd: choose
+    the backend inside of the checkpointed function, for example with
+
+        checkpoint(mv.use_backend("cuda")(block), x, use_reentrant=False)
+
     ValueError: unknown backend.
     """
 
@@ -116,8 +122,8 @@ def _set_entered(blocks: tuple[use_backend, ...]) -> None:
     _compiling.name = blocks[-1].name if blocks else None
 
 
-def chosen() -> str | None:
-    """Return the name that use_backend set for the caller, or None."""
+def get_backend() -> str | None:
+    """Return the name that use_backend chose for the current thread or asyncio task, or None."""
     if torch.compiler.is_dynamo_compiling():
         return _compiling.name
     blocks = _entered.get()
@@ -128,7 +134,7 @@ def resolve(op: str, backend: str | None, x: torch.Tensor) -> str:
     """Return the backend of a call: the argument, else use_backend's, else the device's default."""
     if not isinstance(x, torch.Tensor):
         raise ValueError(f"{op}: the first argument must be a tensor, got {type(x).__name__}")
-    backend = backend or chosen() or default(op, x.device)
+    backend = backend or get_backend() or (DEFAULTS["cpu"] if x.is_cpu else default(op, x.device))
     if backend is None:
         raise RuntimeError(
             f"{op}: no backend is the default on device type '{x.device.type}'; "

@@ -31,14 +31,12 @@ def to_half_width(
         if not isinstance(cos, Tensor) or not cos.is_complex():
             fail(op, "sin", "a tensor, or None if cos is complex", f"None with {describe(cos)}")
         cos, sin = cos.real, cos.imag
-    elif isinstance(cos, Tensor) and cos.is_complex():
-        fail(op, "sin", "None if cos is complex", describe(sin))
-    if not isinstance(x, Tensor) or x.dim() != 4:
+    if not (isinstance(x, Tensor) and isinstance(cos, Tensor) and isinstance(sin, Tensor)):
         return cos, sin  # the operator's check names the error
-    tables = cos, sin
-    if all(isinstance(t, Tensor) and t.dim() and t.shape[-1] == x.shape[-1] for t in tables):
-        cos = _halve(op, "cos", cos, interleaved)
-        sin = _halve(op, "sin", sin, interleaved)
+    if cos.is_complex():
+        fail(op, "sin", "None if cos is complex", describe(sin))
+    if cos.dim() and x.dim() and cos.shape[-1] == x.shape[-1] and cos.shape == sin.shape:
+        return _halve(op, "cos", cos, interleaved), _halve(op, "sin", sin, interleaved)
     return cos, sin
 
 

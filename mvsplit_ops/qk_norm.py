@@ -26,11 +26,12 @@ def check_heads(
     check_width(op, "Dh, the last dimension of q,", q)
     check_activation(op, "k", k, "B T H Dh", like=("q", q))
     B, T, _, Dh = q.shape
-    fits = sizes_equal((*k.shape[:2], k.shape[3]), (B, T, Dh))
+    samples, tokens, _, width = k.shape
+    fits = sizes_equal((samples, tokens, width), (B, T, Dh))
     if fits is not True:
         expect(fits, op, "k", f"({B}, {T}, heads, {Dh}) to go with q", tuple(k.shape))
-    check_parameter(op, "q_weight", q_weight, q.shape[3], q)
-    check_parameter(op, "k_weight", k_weight, q.shape[3], q)
+    check_parameter(op, "q_weight", q_weight, Dh, q)
+    check_parameter(op, "k_weight", k_weight, Dh, q)
 
 
 def fake_fwd(q: Tensor, k: Tensor, *_: object) -> FourTensors:

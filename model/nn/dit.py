@@ -235,8 +235,11 @@ class DiT(nn.Module):
         v = v.view(B, rows, columns, config.patch, config.patch, C)
         return v.permute(0, 5, 1, 3, 2, 4).reshape(B, C, height, width)
 
-    def _checkpointed(self, block: nn.Module) -> Callable[..., Any]:
+    def _checkpointed(self, block: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function that calls a block and recomputes it in backward."""
+        backend = None if torch.compiler.is_compiling() else mv.get_backend()
+        if backend is not None:  # on a GPU, another thread recomputes
+            block = mv.use_backend(backend)(block)
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if self.config.checkpointing == "selective":
             options["context_fn"] = functools.partial(
