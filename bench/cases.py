@@ -106,9 +106,42 @@ class Case:
     def reference(self) -> Function:
         return self.function(getattr(reference, self.op))
 
+    @property
+    def eager(self) -> Function:
+        """The definition in plain arithmetic: the baseline of times and bytes."""
+        return plain(self.reference)
+
     def fused(self, backend: str | None = None) -> Function:
         op = getattr(mv, self.op)
         return self.function(lambda *args, **kwargs: op(*args, backend=backend, **kwargs))
+
+
+class PlainArithmetic:
+    """Within the block, mvsplit_ops.reference computes in the dtypes of its inputs.
+
+    This is eager code as it is usually written: each operation rounds its result to 16 bits, where
+    the backend `reference` computes in float32 and rounds once. It moves fewer bytes and errs more.
+    """
+
+    def __enter__(self) -> None:
+        self._widen, reference.widen = reference.widen, _as_stored
+
+    def __exit__(self, *error: object) -> None:
+        reference.widen = self._widen
+
+
+def _as_stored(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t
+
+
+def plain(function: Function) -> Function:
+    """Return a function whose definitions compute in the dtypes of their inputs."""
+
+    def call(activations: Tensors, constants: Tensors, kwargs: Kwargs) -> Results:
+        with PlainArithmetic():
+            return function(activations, constants, kwargs)
+
+    return call
 
 
 def generator_on(device: str | torch.device, seed: int) -> torch.Generator:

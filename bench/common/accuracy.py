@@ -82,6 +82,10 @@ def double(inputs: Inputs) -> Inputs:
 class Judge:
     """The accuracy rule for the inputs of one case; exact and eager results are computed once.
 
+    The eager code is mvsplit_ops.reference: it computes 16-bit inputs in float32 and rounds once.
+    A peer, and eager code under torch.compile, may err as plain eager code does, which rounds the
+    result of every operation.
+
     samples  inputs of one shape, whose errors are judged together: the rule compares largest
              errors, which depend on chance among the few elements of a narrow parameter
     """
@@ -91,18 +95,28 @@ class Judge:
         self.exact = [results_and_gradients(case.reference, *double(inputs)) for inputs in samples]
         self.eager = [results_and_gradients(case.reference, *inputs) for inputs in samples]
 
-    def require(self, name: str, function: Function) -> None:
-        """Raise Inaccurate unless results and gradients of `function` obey the rule."""
+    @functools.cached_property
+    def plain(self) -> list[tuple[list[Tensor], list[Tensor]]]:
+        return [results_and_gradients(self.case.eager, *inputs) for inputs in self.samples]
+
+    def require(self, name: str, function: Function, peer: bool = False) -> None:
+        """Raise Inaccurate unless results and gradients of `function` obey the rule.
+
+        peer: compare with the error of plain eager code
+        """
+        eager_runs = self.plain if peer else self.eager
         runs = [results_and_gradients(function, *inputs) for inputs in self.samples]
         for kind, kind_name in enumerate(("result", "gradient")):
             for i in range(len(self.exact[0][kind])):
                 got, eager, exact = (
                     torch.stack([run[kind][i] for run in pooled])
-                    for pooled in (runs, self.eager, self.exact)
+                    for pooled in (runs, eager_runs, self.exact)
                 )
                 require_accurate(f"{self.case.op}, {name}, {kind_name} {i}", got, eager, exact)
 
 
-def require_case(case: Case, name: str, function: Function, *samples: Inputs) -> None:
+def require_case(
+    case: Case, name: str, function: Function, *samples: Inputs, peer: bool = False
+) -> None:
     """Raise Inaccurate unless a function obeys the rule; see Judge."""
-    Judge(case, *samples).require(name, function)
+    Judge(case, *samples).require(name, function, peer)

@@ -1,6 +1,7 @@
 """Every implementation of an operator that can be measured, as tables of data.
 
-    eager, compile     mvsplit_ops.reference, as it is and under torch.compile
+    eager, compile     mvsplit_ops.reference in plain arithmetic (see bench.cases), as it is and
+                       under torch.compile
     cpu, triton, cuda  the operator's backends
     liger, quack       the PyPI packages liger-kernel and quack-kernels
     published          a checkout of erwold/mv-split, the kernels of arXiv 2605.06169
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from bench.cases import Case, Function, Operator, Results, in_order, is_cuda
+from bench.cases import Case, Function, Operator, Results, in_order, is_cuda, plain
 from mvsplit_ops import _backends, reference
 
 IMPLEMENTATIONS = ("eager", "compile", "cpu", "triton", "cuda", "liger", "quack", "published")
@@ -58,14 +59,19 @@ def load_function(name: str, case: Case, device: str, published: Path | None = N
     """
     _check_name(name)
     if name == "eager":
-        return case.reference
+        return case.eager
     if name == "compile":
-        return torch.compile(case.reference, fullgraph=True)
+        return plain(torch.compile(case.reference, fullgraph=True))
     if name in _backends.BACKENDS:
         return case.fused(name)
     if reason := lacking_reason(name, case) or _not_installed(name, published):
         raise RuntimeError(f"{case.op}: '{name}' cannot run on {device}: {reason}")
     return replace(case, call=in_order).function(LOADERS[name](published)[case.op])
+
+
+def is_peer(name: str) -> bool:
+    """Return whether an implementation is not ours, so that it may err as plain eager code does."""
+    return name not in _backends.BACKENDS
 
 
 def missing_reason(

@@ -19,7 +19,7 @@ from bench.common.accuracy import Judge, forward_backward
 from bench.common.machine import describe_machine, describe_run, measure_copy
 from bench.common.text_tables import Table
 from bench.common.timing import CallPair, Timer, time_interleaved
-from bench.measure import in_loop, op_ranges, workload
+from bench.measure import implementations, in_loop, op_ranges, workload
 from bench.measure.workload import EAGER
 from model.train.heap import keep_freed_memory
 from mvsplit_ops import _backends
@@ -113,13 +113,13 @@ def _checked_calls(case: Case, shape: Shape, backend: str) -> dict[str, CallPair
     inputs = case.example(shape)
     torch.compiler.reset()
     functions = {
-        "eager": case.reference,
-        "compile": torch.compile(case.reference, fullgraph=True),
+        "eager": implementations.load_function("eager", case, shape.device),
+        "compile": implementations.load_function("compile", case, shape.device),
         "fused": case.fused(backend),
     }
     judge = Judge(case, inputs)
     for name, function in functions.items():
-        judge.require(name, function)
+        judge.require(name, function, peer=name != "fused")
     return {name: forward_backward(f, *inputs) for name, f in functions.items()}
 
 

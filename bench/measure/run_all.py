@@ -18,14 +18,13 @@ from pathlib import Path
 
 import torch
 
-import mvsplit_ops as mv
 from bench.cases import is_cuda
 from bench.common import options as opt
 from bench.common import records
 from bench.common.machine import describe_machine, describe_run
 from bench.common.records import ROOT
 from bench.common.text_tables import Table
-from bench.measure import implementations
+from bench.measure import implementations, workload
 from model.config import preset
 from model.train.memory import plan
 from mvsplit_ops import _backends
@@ -106,7 +105,7 @@ def in_loop_size(device: str) -> tuple[int, str]:
     memory = torch.cuda.get_device_properties(device).total_memory
     for batch, precision in IN_LOOP_SIZES:
         changes = {"batch": batch, "micro_batch": 0, "probes": False, "precision": precision}
-        with mv.use_backend("reference"):  # it saves the most for backward
+        with workload.use_implementation(workload.EAGER):  # it saves the most for backward
             peak = plan(preset(IN_LOOP_PRESET, **changes)).peak()
         if peak <= MEMORY_SHARE * memory:
             break

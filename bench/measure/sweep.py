@@ -115,7 +115,7 @@ def measure(
 def _find_error(judge: Judge, name: str, function: Function) -> str | None:
     """Return why an implementation is not timed: wrong results or an exception; else None."""
     try:
-        judge.require(name, function)
+        judge.require(name, function, implementations.is_peer(name))
     except Inaccurate as error:
         return str(error)
     except Exception as error:  # noqa: BLE001  third-party code may raise anything; it is reported

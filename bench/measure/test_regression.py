@@ -39,7 +39,8 @@ def checked_calls(case: Case, implementation: str) -> CallPair:
     keep_freed_memory()
     inputs = case.example(REGRESSION_SHAPE)
     function = implementations.load_function(implementation, case, DEVICE)
-    require_case(case, implementation, function, inputs)
+    peer = implementations.is_peer(implementation)
+    require_case(case, implementation, function, inputs, peer=peer)
     return forward_backward(function, *inputs)
 
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 
 import mvsplit_ops as mv
+from bench.cases import PlainArithmetic
 from bench.common.machine import describe_machine
 from bench.common.records import Run
 from bench.common.timing import CallPair
@@ -18,8 +19,8 @@ from model.train.fixed_batch import FixedBatchTraining
 from model.train.heap import keep_freed_memory
 from mvsplit_ops import _backends
 
-EAGER = "eager"  # the backend `reference`, nothing compiled
-COMPILE = "compile"  # `reference`, with every block given to torch.compile
+EAGER = "eager"  # the backend `reference` in plain arithmetic, nothing compiled
+COMPILE = "compile"  # the same, with every block given to torch.compile
 COMPILED = "+compile"  # a backend's operators within blocks given to torch.compile
 _FUSED = [b for b in _backends.BACKENDS if b != "reference"]
 TRAINABLE = (EAGER, COMPILE, *_FUSED, *(b + COMPILED for b in _FUSED))
@@ -82,7 +83,7 @@ class Workload(FixedBatchTraining):
             config, checkpointing=checkpointing or config.checkpointing
         )
         try:
-            with mv.use_backend(_backend_of(implementation)):
+            with use_implementation(implementation):
                 yield
         finally:
             model.blocks, model.config = blocks, config
@@ -105,6 +106,14 @@ class Workload(FixedBatchTraining):
 def compiles(implementation: str) -> bool:
     """Return whether an implementation gives blocks to torch.compile."""
     return implementation.endswith(COMPILE)
+
+
+@contextlib.contextmanager
+def use_implementation(name: str) -> Iterator[None]:
+    """Run operators as one of TRAINABLE does within the block; eager code in plain arithmetic."""
+    plain = PlainArithmetic() if name in (EAGER, COMPILE) else contextlib.nullcontext()
+    with mv.use_backend(_backend_of(name)), plain:
+        yield
 
 
 def _backend_of(implementation: str) -> str:

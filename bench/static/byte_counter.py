@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # Operations that move nothing, in addition to those whose schema says that they return a view.
-FREE_OPERATIONS = "empty", "new_empty", "detach", "_unsafe_view"
+FREE_OPERATIONS = "empty", "new_empty", "detach", "_unsafe_view", "promote_types"
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Bytes that an operator moves, counted instead of timed: no GPU is needed.
 
-    reference   every tensor that an eager PyTorch operation reads or writes
+    reference   every tensor that an eager PyTorch operation reads or writes, in plain arithmetic
+                (see bench.cases): the backend `reference` moves more for 16-bit inputs
     cpu         the input and output tensors of the C++ kernel, once: a cache serves repeated reads
     triton      every byte that the kernels load and store in Triton's interpreter, and every
                 tensor of a PyTorch operation in their launchers
@@ -107,7 +108,7 @@ def count(
 ) -> dict[str, ByteCounter]:
     """Return counters of one call of an operator ("fwd") and of its backward ("bwd")."""
     if backend == "reference":
-        return _count_autograd(case.reference, inputs)
+        return _count_autograd(case.eager, inputs)
     if backend == "published":
         function = implementations.load_function(backend, case, "cpu", published)
         return _count_autograd(function, inputs, triton_interpreter.count_bytes)

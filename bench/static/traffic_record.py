@@ -96,8 +96,9 @@ def format_notes(record: TrafficRecord) -> tuple[str, ...]:
     return (
         f"{text_tables.shape_text(record.run['shape'])}. A pass reads or writes one (B, T, D) "
         "activation once; parameters, tables, means and partial sums are counted too.",
-        "reference: the tensors of every eager operation; cpu: the tensors of a call, since a "
-        "cache serves repeated reads; triton and cuda: every load and store of their kernels."
+        "reference: the tensors of every operation of plain eager code, which computes in the "
+        "dtype of its inputs; cpu: the tensors of a call, since a cache serves repeated reads; "
+        "triton and cuda: every load and store of their kernels."
         + (" published: the same for erwold/mv-split." if "published" in record.backends else ""),
         "A step has 700 forward and 400 backward calls of RoPE + QK-Norm and of SwiGLU, and twice "
         "as many of MV-Split + RMSNorm." + _carried_mean_note(record),
