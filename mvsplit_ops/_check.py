@@ -7,7 +7,7 @@ be symbolic, as in torch.compile and torch.export: then a check becomes an assum
 
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import torch
@@ -30,15 +30,24 @@ Condition = bool | torch.SymBool
 
 
 def fail(op: str, arg: str, expected: str, got: object) -> NoReturn:
-    raise ValueError(f"{op}: {arg} must be {expected}, got {got}")
+    raise ValueError(_format_error(op, arg, expected, got))
 
 
-def expect(condition: Condition, op: str, arg: str, expected: str, got: object) -> None:
-    """Raise ValueError unless the condition holds; if it is symbolic, let the graph assume it."""
+def _format_error(op: str, arg: str, expected: str, got: object) -> str:
+    return f"{op}: {arg} must be {expected}, got {got}"
+
+
+def expect(
+    condition: Condition, op: str, arg: str, details: Callable[[], tuple[str, object]]
+) -> None:
+    """Raise ValueError unless the condition holds; if it is symbolic, let the graph assume it.
+
+    details: () -> (what was expected, what was passed), called only for the message
+    """
     if isinstance(condition, torch.SymBool):
-        torch._check_value(condition, lambda: f"{op}: {arg} must be {expected}, got {got}")
+        torch._check_value(condition, lambda: _format_error(op, arg, *details()))
     elif not condition:
-        fail(op, arg, expected, got)
+        fail(op, arg, *details())
 
 
 def sizes_equal(sizes: Sequence[int], others: Sequence[int]) -> Condition:
@@ -87,21 +96,28 @@ def check_width(op: str, arg: str, t: Tensor) -> None:
     """Check that the last dimension of t, which `arg` names, is not empty."""
     filled = t.shape[-1] >= 1
     if filled is not True:
-        expect(filled, op, arg, "at least 1", t.shape[-1])
+        expect(filled, op, arg, lambda: ("at least 1", t.shape[-1]))
 
 
 def check_even_width(op: str, arg: str, t: Tensor) -> None:
     """Check that the last dimension of t, which `arg` names, has pairs of elements."""
     even = t.shape[-1] % 2 == 0
     if even is not True:
-        expect(even, op, arg, "even", t.shape[-1])
+        expect(even, op, arg, lambda: ("even", t.shape[-1]))
 
 
 def check_same_shape(op: str, arg: str, t: Tensor, name: str, other: Tensor) -> None:
     equal = sizes_equal(t.shape, other.shape)
     if equal is not True:
-        expected = f"of the shape of {name}, {format_shape(other.shape)}"
-        expect(equal, op, arg, expected, format_shape(t.shape))
+        expect(
+            equal,
+            op,
+            arg,
+            lambda: (
+                f"of the shape of {name}, {format_shape(other.shape)}",
+                format_shape(t.shape),
+            ),
+        )
 
 
 def check_parameter(op: str, arg: str, t: Tensor | None, size: int, x: Tensor) -> None:
@@ -114,7 +130,8 @@ def check_parameter(op: str, arg: str, t: Tensor | None, size: int, x: Tensor) -
         and sizes_equal(t.shape, (size,))
     )
     if right is not True:
-        expect(right, op, arg, f"{format_dtypes(torch.float32, x.dtype)} ({size},)", describe(t))
+        dtypes = format_dtypes(torch.float32, x.dtype)
+        expect(right, op, arg, lambda: (f"{dtypes} ({size},)", describe(t)))
     _check_device(op, arg, t, x)
 
 
@@ -125,33 +142,42 @@ def check_statistic(op: str, arg: str, t: Tensor | None, shape: tuple[int, ...],
     dtype = accumulator_dtype(x.dtype)
     right = isinstance(t, Tensor) and t.dtype == dtype and sizes_equal(t.shape, shape)
     if right is not True:
-        expect(right, op, arg, f"{format_dtypes(dtype)} {format_shape(shape)}", describe(t))
+        expected = f"{format_dtypes(dtype)} "
+        expect(right, op, arg, lambda: (expected + format_shape(shape), describe(t)))
     _check_device(op, arg, t, x)
 
 
 def check_tables(op: str, cos: Tensor, sin: Tensor, x: Tensor) -> None:
     """Check that cos and sin are (T, Dh/2), (1, T, Dh/2) or (B, T, Dh/2), with T or more rows."""
-    B, T, _, Dh = x.shape
     check_width(op, "Dh, the last dimension of x,", x)
     check_even_width(op, "Dh, the last dimension of x,", x)
-    half = Dh // 2
-    for arg, t in (("cos", cos), ("sin", sin)):
-        right: Condition = isinstance(t, Tensor) and t.dtype in ACTIVATIONS and t.dim() in (2, 3)
-        if right:
-            batch, rows, width = t.shape if t.dim() == 3 else (1, *t.shape)
-            right = width == half
-            if right is True and batch is not B and batch != 1:
-                right = batch == B
-        if right is not True:
-            shapes = f"({T}, {half}), (1, {T}, {half}) or ({B}, {T}, {half})"
-            expect(right, op, arg, f"{shapes}, or of width {Dh}, of {FLOATS}", describe(t))
-        long = rows >= T
-        if long is not True:
-            expect(long, op, arg, f"at least {T} rows long, one for each token", describe(t))
-        _check_device(op, arg, t, x)
+    _check_table(op, "cos", cos, x)
+    _check_table(op, "sin", sin, x)
     check_same_shape(op, "sin", sin, "cos", cos)
     if sin.dtype != cos.dtype:
         fail(op, "sin", f"{format_dtypes(cos.dtype)} like cos", describe(sin))
+
+
+def _check_table(op: str, arg: str, t: Tensor, x: Tensor) -> None:
+    B, T, _, Dh = x.shape
+    right: Condition = isinstance(t, Tensor) and t.dtype in ACTIVATIONS and t.dim() in (2, 3)
+    if right:
+        batch, rows, width = t.shape if t.dim() == 3 else (1, *t.shape)
+        right = width == Dh // 2
+        if right is True and batch is not B and batch != 1:
+            right = batch == B
+    if right is not True:
+        expect(right, op, arg, lambda: (_table_shapes(B, T, Dh), describe(t)))
+    long = rows >= T
+    if long is not True:
+        expect(long, op, arg, lambda: (f"at least {T} rows long, one for each token", describe(t)))
+    _check_device(op, arg, t, x)
+
+
+def _table_shapes(B: int, T: int, Dh: int) -> str:
+    half = Dh // 2
+    shapes = f"({T}, {half}), (1, {T}, {half}) or ({B}, {T}, {half})"
+    return f"{shapes}, or of width {Dh}, of {FLOATS}"
 
 
 def to_token_counts(op: str, counts: object) -> list[int]:
@@ -196,10 +222,10 @@ def check_segments(op: str, counts: list[int], T: int) -> None:
     for n in counts:
         positive = n >= 1
         if positive is not True:
-            expect(positive, op, "segments", "token counts of at least 1", tuple(counts))
+            expect(positive, op, "segments", lambda: ("token counts of at least 1", tuple(counts)))
     equal = sum(counts) == T
     if equal is not True:
-        expect(equal, op, "segments", f"token counts that sum to T = {T}", tuple(counts))
+        expect(equal, op, "segments", lambda: (f"token counts that sum to T = {T}", tuple(counts)))
 
 
 def to_eps(op: str, eps: object) -> float:

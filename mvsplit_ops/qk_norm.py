@@ -29,7 +29,7 @@ def check_heads(
     samples, tokens, _, width = k.shape
     fits = sizes_equal((samples, tokens, width), (B, T, Dh))
     if fits is not True:
-        expect(fits, op, "k", f"({B}, {T}, heads, {Dh}) to go with q", tuple(k.shape))
+        expect(fits, op, "k", lambda: (f"({B}, {T}, heads, {Dh}) to go with q", tuple(k.shape)))
     check_parameter(op, "q_weight", q_weight, Dh, q)
     check_parameter(op, "k_weight", k_weight, Dh, q)
 

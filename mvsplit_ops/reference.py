@@ -37,8 +37,8 @@ def rounded_once(formula: Formula) -> Formula:
     def definition(*args: Any, **kwargs: Any) -> Any:
         stored = (args[0] if args else kwargs[first]).dtype
         dtype = torch.promote_types(stored, torch.float32)
-        wide = [widen(t, dtype) if hasattr(t, "to") else t for t in args]
-        named = {k: widen(t, dtype) if hasattr(t, "to") else t for k, t in kwargs.items()}
+        wide = [widen(t, dtype) if isinstance(t, Tensor) else t for t in args]
+        named = {k: widen(t, dtype) if isinstance(t, Tensor) else t for k, t in kwargs.items()}
         results = formula(*wide, **named)
         if isinstance(results, tuple):
             return tuple(t.to(stored) for t in results)
