@@ -20,12 +20,17 @@ struct Rows {
     int64_t stride = 0;
 };
 
-// Rotation of pairs, used by rope and rope_qk_norm. The tables are acc.
+// Table of cos or of sin: the value of pair i of token t of sample b is at
+// data + b*sample + t*token + i*pair elements. Any stride may be zero.
+struct Table {
+    const void* data = nullptr;
+    int64_t sample = 0, token = 0, pair = 0;
+};
+
+// Rotation of pairs, used by rope and rope_qk_norm.
 struct Rotation {
-    const void* cos = nullptr;  // row of token t of sample b at b*batch_stride + t*row_stride
-    const void* sin = nullptr;
-    int64_t batch_stride = 0;  // 0 if all samples share one table
-    int64_t row_stride = 0;
+    Table cos, sin;
+    c10::ScalarType dtype = c10::ScalarType::Float;  // of both tables
     bool interleaved = false;
     bool conjugate = false;  // rotate by -theta
 };
@@ -50,10 +55,12 @@ struct HeadArgs {
     double eps = 0;
 };
 
+// Gate and value are two tensors, or the halves of one packed tensor in either order.
 struct SwigluArgs {
-    Rows x;    // [N, 2F]
-    Rows dy;   // [N, F], backward only
-    Rows out;  // forward [N, F], backward [N, 2F]
+    Rows gate, value;    // [N, F]
+    Rows y;              // [N, F], forward only
+    Rows dy;             // [N, F], this and the next two backward only
+    Rows dgate, dvalue;  // [N, F]
     int64_t N = 0, F = 0;
 };
 

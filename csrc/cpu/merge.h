@@ -35,13 +35,12 @@ Acc<T> merged(const T* x, const T* f, const RowParams<T>& p, int64_t i, Count n)
 template <class T, bool has_beta, bool has_m>
 MVSPLIT_ROW acc_t<T> forward_row(const T* x, const T* f, T* y, const RowParams<T>& p,
                                  acc_t<T>* scratch, int64_t D, double eps) {
-    Acc<T> squares(0);
-    for_chunks<T>(D, [&](int64_t i, auto n) {
+    const acc_t<T> squares = sum_row<T>(D, [&](int64_t i, auto n, Acc<T>& s) {
         const Acc<T> z = merged<T, has_beta, has_m>(x, f, p, i, n);
-        squares = fmadd(z, z, squares);
+        s = fmadd(z, z, s);
         store_acc<T>(scratch + i, z, n);
     });
-    const acc_t<T> rstd = acc_t<T>(1) / std::sqrt(sum<T>(squares) / D + acc_t<T>(eps));
+    const acc_t<T> rstd = acc_t<T>(1) / std::sqrt(squares / D + acc_t<T>(eps));
     const Acc<T> r(rstd);
     for_chunks<T>(D, [&](int64_t i, auto n) {
         Acc<T> v = load_acc<T>(scratch + i, n) * r;
@@ -79,11 +78,10 @@ Acc<T> weighted(const T* dy, const RowParams<T>& p, int64_t i, Count n) {
 // Return mean_d(g*n) of one row.
 template <class T, bool has_weight, class Norm>
 MVSPLIT_ROW acc_t<T> mean_dot(const T* dy, const Norm& norm, const RowParams<T>& p, int64_t D) {
-    Acc<T> dots(0);
-    for_chunks<T>(D, [&](int64_t i, auto n) {
-        dots = fmadd(weighted<T, has_weight>(dy, p, i, n), norm(p, i, n), dots);
+    const acc_t<T> dots = sum_row<T>(D, [&](int64_t i, auto n, Acc<T>& s) {
+        s = fmadd(weighted<T, has_weight>(dy, p, i, n), norm(p, i, n), s);
     });
-    return sum<T>(dots) / D;
+    return dots / D;
 }
 
 // dz = rstd*g - (rstd*mean)*n with the two scalars of one row.

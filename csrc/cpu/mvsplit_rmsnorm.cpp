@@ -23,6 +23,7 @@ MVSPLIT_KERNELS_BEGIN
 namespace {
 
 constexpr int64_t kTaskTokens = 32;
+constexpr int64_t kHalfTask = kTaskTokens / 2;
 constexpr int64_t kCacheBytes = 1 << 20;  // L2 of one core: 1 to 2 MiB on current servers
 constexpr int kGroup = 4;                 // rows per load and store of the column sums
 
@@ -48,6 +49,7 @@ struct Plan {
             1, at::get_num_threads() * kCacheBytes / std::max<int64_t>(sample_bytes, 1));
     }
     int64_t count() const { return tasks.size(); }
+    int64_t tasks_of(int64_t segment) const { return first[segment + 1] - first[segment]; }
 };
 
 template <class F>
@@ -63,15 +65,6 @@ void for_tasks(const Plan& plan, int64_t b0, int64_t b1, const F& f) {
         for (int64_t i = begin; i < end; ++i)
             f(b0 + i / plan.count(), i / plan.count(), plan.tasks[i % plan.count()], i);
     });
-}
-
-// Return the sum of partial rows [begin, end) at columns [d, d+n).
-template <class T, class Count>
-Acc<T> column_sum(const acc_t<T>* partials, int64_t begin, int64_t end, int64_t stride, int64_t d,
-                  Count n) {
-    Acc<T> total(0);
-    for (int64_t i = begin; i < end; ++i) total = total + load_acc<T>(partials + i * stride + d, n);
-    return total;
 }
 
 // The pointers of MergeArgs with their types.
@@ -94,16 +87,46 @@ struct Views {
           jf(static_cast<A*>(a.jf)) {}
 };
 
-// Write the column sums of `rows` rows of x to sums[0..D).
+// Column sums over the rows of a task, added in a tree: 4 rows to a group, 4 groups to a half, two
+// halves. The sum of equal rows is then exact, and a term is rounded 7 times. The first half adds up
+// in `sums`, the second in `scratch`, and the last group adds the two.
 template <class T>
-MVSPLIT_ROW void sum_columns(const T* x, int64_t rows, int64_t D, acc_t<T>* sums) {
+class GroupSums {
+  public:
+    // `row` of the `rows` rows of the task is the first of the group.
+    GroupSums(acc_t<T>* sums, acc_t<T>* scratch, int64_t row, int64_t rows)
+        : sums_(sums),
+          scratch_(scratch),
+          first_(row % kHalfTask == 0),
+          second_half_(row >= kHalfTask),
+          last_(row + kGroup >= rows) {}
+
+    // Add the sum of the group at columns [column, column + n).
+    template <class Count>
+    void add(int64_t column, Acc<T> s, Count n) const {
+        acc_t<T>* const half = (second_half_ ? scratch_ : sums_) + column;
+        acc_t<T>* const out = second_half_ && last_ ? sums_ + column : half;
+        if (!first_) s = s + load_acc<T>(half, n);
+        if (out != half) s = s + load_acc<T>(out, n);
+        store_acc<T>(out, s, n);
+    }
+
+  private:
+    acc_t<T>*sums_, *scratch_;
+    bool first_, second_half_, last_;
+};
+
+// Write the column sums of `rows` rows of x to sums[0..D). `scratch` has D elements.
+template <class T>
+MVSPLIT_ROW void sum_columns(const T* x, int64_t rows, int64_t D, acc_t<T>* sums,
+                             acc_t<T>* scratch) {
     for (int64_t r = 0; r < rows; r += kGroup, x += kGroup * D) {
         const int64_t count = std::min<int64_t>(kGroup, rows - r);
+        const GroupSums<T> group(sums, scratch, r, rows);
         for_chunks<T>(D, [&](int64_t i, auto n) {
-            Acc<T> s(0);  // the group's sum first, which rounds less than one running sum
+            Acc<T> s(0);
             for (int64_t k = 0; k < count; ++k) s = s + load(x + k * D + i, n);
-            if (r > 0) s = s + load_acc<T>(sums + i, n);
-            store_acc<T>(sums + i, s, n);
+            group.add(i, s, n);
         });
     }
 }
@@ -127,15 +150,17 @@ void forward(const MergeArgs& a) {
     A* const jy = static_cast<A*>(a.jy);
     // The mean of segment s of a sample of the wave, from the partial rows of its tasks.
     const auto mean = [&](int64_t in_wave, int64_t s, const A* rows, int64_t d, auto n) {
-        const int64_t base = in_wave * plan.count();
-        return column_sum<T>(rows, base + plan.first[s], base + plan.first[s + 1], 2 * D, d, n) /
+        const A* first = rows + (in_wave * plan.count() + plan.first[s]) * 2 * D + d;
+        return sum_of_rows<T>(first, plan.tasks_of(s), 2 * D, n) /
                Acc<T>(static_cast<A>(a.segments[s]));
     };
     for_waves(a, plan, [&](int64_t b0, int64_t b1) {
         for_tasks(plan, b0, b1, [&](int64_t b, int64_t, const Task& t, int64_t i) {
             const int64_t row = b * a.T + t.begin, rows = t.end - t.begin;
-            if (!a.jx_is_input) sum_columns(v.x + row * D, rows, D, &partials[i * 2 * D]);
-            sum_columns(v.f + row * D, rows, D, &partials[(i * 2 + 1) * D]);
+            std::vector<A> scratch(D);
+            if (!a.jx_is_input)
+                sum_columns(v.x + row * D, rows, D, &partials[i * 2 * D], scratch.data());
+            sum_columns(v.f + row * D, rows, D, &partials[(i * 2 + 1) * D], scratch.data());
         });
         for_columns<T>(D, [&](int64_t d, auto n) {
             for (int64_t b = b0; b < b1; ++b)
@@ -155,7 +180,9 @@ void forward(const MergeArgs& a) {
                 v.rstd[b * a.T + row] =
                     forward_row<T, true, true>(v.x + (b * a.T + row) * D, v.f + (b * a.T + row) * D,
                                                y + row * D, p, scratch.data(), D, a.eps);
-            if (jy) sum_columns(y + t.begin * D, t.end - t.begin, D, &partials[i * 2 * D]);
+            if (jy)
+                sum_columns(y + t.begin * D, t.end - t.begin, D, &partials[i * 2 * D],
+                            scratch.data());
         });
         if (jy)
             for_columns<T>(D, [&](int64_t d, auto n) {
@@ -172,11 +199,12 @@ void forward(const MergeArgs& a) {
 template <class T, bool has_weight>
 MVSPLIT_ROW void sum_gradients(const Views<T>& v, const RowParams<T>& p, const acc_t<T>* jf,
                                int64_t begin, int64_t end, int64_t D, acc_t<T>* means,
-                               acc_t<T>* sums) {
+                               acc_t<T>* sums, acc_t<T>* scratch) {
     using Norm = NormalisedRow<T, true, true, has_weight>;
     const T* saved = has_weight ? v.x : v.y;
     for (int64_t row = begin; row < end; row += kGroup) {
         const int count = std::min<int64_t>(kGroup, end - row);
+        const GroupSums<T> group(sums, scratch, row - begin, end - begin);
         Norm norm[kGroup];
         Dz<T> dz[kGroup];
         for (int k = 0; k < count; ++k) {
@@ -196,12 +224,8 @@ MVSPLIT_ROW void sum_gradients(const Views<T>& v, const RowParams<T>& p, const a
                 sdzf = fmadd(d, load(v.f + at + i, n) - mean_f, sdzf);
                 if constexpr (has_weight) sdyn = fmadd(load(v.dy + at + i, n), nk, sdyn);
             }
-            if (row > begin) {
-                sdz = sdz + load_acc<T>(sums + i, n), sdzf = sdzf + load_acc<T>(sums + D + i, n);
-                if constexpr (has_weight) sdyn = sdyn + load_acc<T>(sums + 2 * D + i, n);
-            }
-            store_acc<T>(sums + i, sdz, n), store_acc<T>(sums + D + i, sdzf, n);
-            if constexpr (has_weight) store_acc<T>(sums + 2 * D + i, sdyn, n);
+            group.add(i, sdz, n), group.add(D + i, sdzf, n);
+            if constexpr (has_weight) group.add(2 * D + i, sdyn, n);
         });
     }
 }
@@ -241,7 +265,7 @@ void backward(const MergeArgs& a) {
     std::vector<A> m(has_weight ? wave * a.S * D : 0), shift(wave * a.S * 2 * D);
     A* const out[3] = {static_cast<A*>(a.dalpha), static_cast<A*>(a.dbeta),
                        static_cast<A*>(a.dweight)};
-    std::vector<A> compensation(width);  // of the sums in `out`, kept from wave to wave
+    std::vector<A> errors(width);  // of the sums in `out`, kept from wave to wave
     const auto params = [&](int64_t unit) {
         return RowParams<T>{v.beta, has_weight ? &m[unit * D] : nullptr, v.weight};
     };
@@ -252,32 +276,34 @@ void backward(const MergeArgs& a) {
                 for (int64_t u = 0; u < units; ++u) store_m(v, b0 * a.S + u, D, d, &m[u * D], n);
             });
         for_tasks(plan, b0, b1, [&](int64_t b, int64_t in_wave, const Task& t, int64_t i) {
+            std::vector<A> scratch(width);
             sum_gradients<T, has_weight>(v, params(in_wave * a.S + t.segment),
                                          v.jf + (b * a.S + t.segment) * D, b * a.T + t.begin,
-                                         b * a.T + t.end, D, means.data(), &partials[i * width]);
+                                         b * a.T + t.end, D, means.data(), &partials[i * width],
+                                         scratch.data());
         });
         for_columns<T>(D, [&](int64_t d, auto n) {
             const Acc<T> alpha = load_acc<T>(v.alpha + d, n), beta = load_acc<T>(v.beta + d, n);
             CompensatedSum<T> total[3];
             for (int i = 0; i < (has_weight ? 3 : 2); ++i)
-                total[i] = load_sum<T>(out[i] + d, &compensation[i * D + d], n);
+                total[i] = load_sum<T>(out[i] + d, &errors[i * D + d], n);
             for (int64_t u = 0; u < units; ++u) {
-                const int64_t base = u / a.S * plan.count(), s = u % a.S;
-                const int64_t first = base + plan.first[s], last = base + plan.first[s + 1];
-                const Acc<T> sdz = column_sum<T>(&partials[0], first, last, width, d, n);
-                const Acc<T> sdzf = column_sum<T>(&partials[D], first, last, width, d, n);
+                const int64_t s = u % a.S, first = u / a.S * plan.count() + plan.first[s];
+                const auto column_sum = [&](int64_t i) {
+                    const A* rows = &partials[first * width + i * D + d];
+                    return sum_of_rows<T>(rows, plan.tasks_of(s), width, n);
+                };
+                const Acc<T> sdz = column_sum(0);
                 const Acc<T> jx = load_acc<T>(v.jx + (b0 * a.S + u) * D + d, n);
                 const Acc<T> jf = load_acc<T>(v.jf + (b0 * a.S + u) * D + d, n);
                 const Acc<T> jdz = sdz / Acc<T>(static_cast<A>(a.segments[s]));
                 total[0] += sdz * (jf - jx);
-                total[1] += sdzf;
-                if constexpr (has_weight)
-                    total[2] += column_sum<T>(&partials[2 * D], first, last, width, d, n);
+                for (int i = 1; i < (has_weight ? 3 : 2); ++i) total[i] += column_sum(i);
                 store_acc<T>(&shift[u * 2 * D + d], alpha * jdz, n);
                 store_acc<T>(&shift[(u * 2 + 1) * D + d], (alpha - beta) * jdz, n);
             }
             for (int i = 0; i < (has_weight ? 3 : 2); ++i)
-                store_sum<T>(out[i] + d, &compensation[i * D + d], total[i], n);
+                store_sum<T>(out[i] + d, &errors[i * D + d], total[i], n);
         });
         for_tasks(plan, b0, b1, [&](int64_t b, int64_t in_wave, const Task& t, int64_t) {
             const int64_t unit = in_wave * a.S + t.segment;
@@ -287,6 +313,7 @@ void backward(const MergeArgs& a) {
                                            static_cast<T*>(a.dx), static_cast<T*>(a.df));
         });
     });
+    for (int i = 0; i < (has_weight ? 3 : 2); ++i) finish_sums<T>(out[i], &errors[i * D], D);
 }
 
 }  // namespace

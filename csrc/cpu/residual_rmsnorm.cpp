@@ -27,8 +27,8 @@ void forward(const MergeArgs& a) {
     });
 }
 
-// `sums` holds dscale if there is a scale, then dweight if there is a weight, each followed by its
-// compensation.
+// `sums` holds dscale if there is a scale, then dweight if there is a weight, each followed by the
+// errors of a CompensatedSum.
 template <class T, bool has_scale, bool has_weight>
 MVSPLIT_ROW void backward_row(const MergeArgs& a, const RowParams<T>& p, int64_t r,
                               acc_t<T>* sums) {
@@ -65,9 +65,13 @@ void backward(const MergeArgs& a) {
     constexpr int64_t sums = 2 * (has_scale + has_weight);
     std::vector<A> partials(tasks * sums * D, 0);
     at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task)
+        for (int64_t task = begin; task < end; ++task) {
+            A* const partial = partials.data() + task * sums * D;
             for (int64_t r = task * rows; r < std::min(N, (task + 1) * rows); ++r)
-                backward_row<T, has_scale, has_weight>(a, p, r, partials.data() + task * sums * D);
+                backward_row<T, has_scale, has_weight>(a, p, r, partial);
+            for (int64_t i = 0; i < sums; i += 2)
+                finish_sums<T>(partial + i * D, partial + (i + 1) * D, D);
+        }
     });
     const auto add_partials = [&](void* out, int64_t index) {
         add_rows<T>(static_cast<A*>(out), partials.data() + index * 2 * D, tasks, sums * D, D);

@@ -1,9 +1,11 @@
-// y = silu(gate) * value,  x = [gate, value] packed in a row of 2F,  s = sigmoid(gate)
+// y = silu(gate) * value,  s = sigmoid(gate); gate and value are rows of F, of two tensors or packed
 // dgate = dy * value * s * (1 + gate * (1 - s))     dvalue = dy * gate * s
 // Bytes, in N*F*sizeof(T): forward must move 3 (2 read, 1 written), backward 5 (3 read, 2 written);
-// these kernels move exactly that. Forward saves only x.
+// these kernels move exactly that. Forward saves only gate and value.
 // Launch: at::parallel_for over rows, at least 4096 elements of y per task.
 // Preconditions: rows are contiguous. Deterministic: no sums.
+#include <limits>
+
 #include "kernels.h"
 #include "vec.h"
 
@@ -14,7 +16,8 @@ namespace {
 // Return exp(-g) = 2^(n + r) with an integer n and |r| <= 1/2. The Taylor series of 2^r ends at
 // r^5 for 16-bit storage (relative error below 3e-6, 1/600 of a bfloat16 and 1/160 of a half
 // rounding) and at r^7 for float (6e-9, 1/10 of a rounding), for which log2(e) is also split into
-// two parts.
+// two parts. For a large g, r has no correct digits or is
+// infinity - infinity, and is limited to 1: the result is 0 or infinity because of n. NaN stays NaN.
 template <class T>
 Acc<T> exp_minus(const Acc<T>& g) {
     if constexpr (sizeof(T) == 8) {
@@ -27,8 +30,9 @@ Acc<T> exp_minus(const Acc<T>& g) {
         for (int i = 0; i < kParts<T>; ++i) {
             const __m512 t = _mm512_mul_ps(g[i], high);
             const __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-            const __m512 r = narrow ? _mm512_sub_ps(t, n)
-                                    : _mm512_fmadd_ps(g[i], low, _mm512_fmsub_ps(g[i], high, n));
+            __m512 r = narrow ? _mm512_sub_ps(t, n)
+                              : _mm512_fmadd_ps(g[i], low, _mm512_fmsub_ps(g[i], high, n));
+            r = _mm512_range_ps(r, _mm512_set1_ps(1.f), 0b0010);  // smaller magnitude, sign of r
             __m512 p = _mm512_set1_ps(narrow ? 1.33335581e-3f : 1.52527338e-5f);
             if constexpr (!narrow)
                 for (const float c : {1.54035304e-4f, 1.33335581e-3f})
@@ -40,7 +44,11 @@ Acc<T> exp_minus(const Acc<T>& g) {
         }
         return out;
 #else
-        if constexpr (sizeof(T) == 2) return (Acc<T>(0) - g).exp_u20();
+        if constexpr (sizeof(T) == 2) {
+            // exp_u20 ends at the largest float, which times a gate of -1e38 is not near zero.
+            const Acc<T> infinity(std::numeric_limits<float>::infinity());
+            return Acc<T>::blendv((Acc<T>(0) - g).exp_u20(), infinity, g < Acc<T>(-88.7f));
+        }
         return (Acc<T>(0) - g).exp();
 #endif
     }
@@ -53,21 +61,22 @@ Acc<T> sigmoid(const Acc<T>& g) {
 }
 
 template <class T>
-MVSPLIT_ROW void forward_row(const T* x, T* y, int64_t F) {
+MVSPLIT_ROW void forward_row(const T* gate, const T* value, T* y, int64_t F) {
     for_chunks<T>(F, [&](int64_t i, auto n) {
-        const Acc<T> g = load(x + i, n), v = load(x + F + i, n);
+        const Acc<T> g = load(gate + i, n), v = load(value + i, n);
         store(y + i, g * sigmoid<T>(g) * v, n);
     });
 }
 
 template <class T>
-MVSPLIT_ROW void backward_row(const T* x, const T* dy, T* dx, int64_t F) {
+MVSPLIT_ROW void backward_row(const T* gate, const T* value, const T* dy, T* dgate, T* dvalue,
+                              int64_t F) {
     const Acc<T> one(1);
     for_chunks<T>(F, [&](int64_t i, auto n) {
-        const Acc<T> g = load(x + i, n), v = load(x + F + i, n), d = load(dy + i, n);
+        const Acc<T> g = load(gate + i, n), v = load(value + i, n), d = load(dy + i, n);
         const Acc<T> s = sigmoid<T>(g), gs = g * s;
-        store(dx + i, d * v * (s + gs * (one - s)), n);
-        store(dx + F + i, d * gs, n);
+        store(dgate + i, d * v * (s + gs * (one - s)), n);
+        store(dvalue + i, d * gs, n);
     });
 }
 
@@ -89,8 +98,9 @@ T* row_of(const Rows& rows, int64_t r) {
 void swiglu_fwd(const SwigluArgs& a, c10::ScalarType dtype) {
     dispatch(dtype, [&](auto t) {
         using T = decltype(t);
-        for_rows<T>(a,
-                    [&](int64_t r) { forward_row(row_of<T>(a.x, r), row_of<T>(a.out, r), a.F); });
+        for_rows<T>(a, [&](int64_t r) {
+            forward_row(row_of<T>(a.gate, r), row_of<T>(a.value, r), row_of<T>(a.y, r), a.F);
+        });
     });
 }
 
@@ -98,7 +108,8 @@ void swiglu_bwd(const SwigluArgs& a, c10::ScalarType dtype) {
     dispatch(dtype, [&](auto t) {
         using T = decltype(t);
         for_rows<T>(a, [&](int64_t r) {
-            backward_row(row_of<T>(a.x, r), row_of<T>(a.dy, r), row_of<T>(a.out, r), a.F);
+            backward_row(row_of<T>(a.gate, r), row_of<T>(a.value, r), row_of<T>(a.dy, r),
+                         row_of<T>(a.dgate, r), row_of<T>(a.dvalue, r), a.F);
         });
     });
 }

@@ -12,6 +12,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <cmath>
 #include <type_traits>
 #include <vector>
 
@@ -128,7 +129,7 @@ inline void store_acc(acc_t<T>* p, const Acc<T>& a, Count n) {
 
 // Sum over the lanes.
 template <class T>
-inline acc_t<T> sum(const Acc<T>& a) {
+inline acc_t<T> sum_lanes(const Acc<T>& a) {
     using V = vec::Vectorized<acc_t<T>>;
     V v = a[0];
     for (int i = 1; i < kParts<T>; ++i) v = v + a[i];
@@ -160,29 +161,71 @@ inline void dispatch(c10::ScalarType dtype, const F& f) {
 // 256 partial rows, and each is written once for at least 32 rows read.
 inline int64_t rows_per_task(int64_t rows) { return std::max<int64_t>(32, at::divup(rows, 256)); }
 
-// A compensated sum (Kahan). Its error does not grow with the number of terms, so it is as exact as
-// the pairwise sums of eager code.
+// A compensated sum: `error` collects what the additions to `sum` round away, so the error of value()
+// does not grow with the number of terms. `error` is not added to the next term, because that would
+// make each addition wait for four others.
 template <class T>
 struct CompensatedSum {
-    Acc<T> sum, compensation;
+    Acc<T> sum{0}, error{0};
 
     CompensatedSum& operator+=(const Acc<T>& v) {
-        const Acc<T> corrected = v - compensation, total = sum + corrected;
-        compensation = (total - sum) - corrected;
+        const Acc<T> total = sum + v;
+        error = error + (v - (total - sum));
         sum = total;
         return *this;
+    }
+
+    // An infinite sum has a NaN in `error`, but stays infinite as that of eager code.
+    Acc<T> value() const {
+        const Acc<T> total = sum + error;
+        return Acc<T>::blendv(total, sum, total.isnan());
     }
 };
 
 template <class T, class Count>
-inline CompensatedSum<T> load_sum(const acc_t<T>* sum, const acc_t<T>* compensation, Count n) {
-    return {load_acc<T>(sum, n), load_acc<T>(compensation, n)};
+inline CompensatedSum<T> load_sum(const acc_t<T>* sum, const acc_t<T>* error, Count n) {
+    return {load_acc<T>(sum, n), load_acc<T>(error, n)};
 }
 
 template <class T, class Count>
-inline void store_sum(acc_t<T>* sum, acc_t<T>* compensation, const CompensatedSum<T>& c, Count n) {
+inline void store_sum(acc_t<T>* sum, acc_t<T>* error, const CompensatedSum<T>& c, Count n) {
     store_acc<T>(sum, c.sum, n);
-    store_acc<T>(compensation, c.compensation, n);
+    store_acc<T>(error, c.error, n);
+}
+
+// Replace each of n sums by its value().
+template <class T>
+inline void finish_sums(acc_t<T>* sum, const acc_t<T>* error, int64_t n) {
+    for_chunks<T>(n, [&](int64_t i, auto count) {
+        store_acc<T>(sum + i, load_sum<T>(sum + i, error + i, count).value(), count);
+    });
+}
+
+// Return the sum of a row of n elements. add(i, count, s) adds the terms of the chunk at i to s. A
+// plain sum errs by as many roundings as the row has chunks if its elements are equal. Here chunks
+// are added in a tree (chains of 4 to a pair, 4 pairs to a block), and the blocks are compensated.
+template <class T, class F>
+inline acc_t<T> sum_row(int64_t n, const F& add) {
+    constexpr int64_t chunk = kChunk<T>, pair = 8 * chunk, block = 4 * pair;
+    CompensatedSum<T> total;
+    for (int64_t i = 0; i < n;) {
+        Acc<T> sum(0);
+        for (const int64_t end = std::min(n, i + block); i + pair <= end; i += pair) {
+            Acc<T> even(0), odd(0);
+            for (int64_t j = i; j < i + pair; j += 2 * chunk)
+                add(j, Full<T>{}, even), add(j + chunk, Full<T>{}, odd);
+            sum = sum + (even + odd);
+        }
+        if (n - i < pair) {
+            Acc<T> rest(0);
+            for_chunks<T>(n - i, [&](int64_t j, auto count) { add(i + j, count, rest); });
+            sum = sum + rest;
+            i = n;
+        }
+        if (n <= block) return sum_lanes<T>(sum);
+        total += sum;
+    }
+    return sum_lanes<T>(total.value());
 }
 
 // Split the columns [0, D) over the threads and call f(column, length) for each chunk.
@@ -194,14 +237,20 @@ void for_columns(int64_t D, const F& f) {
     });
 }
 
+// Return the sum of `count` rows of n columns, in the order of the rows.
+template <class T, class Count>
+inline Acc<T> sum_of_rows(const acc_t<T>* rows, int64_t count, int64_t stride, Count n) {
+    CompensatedSum<T> total;
+    for (int64_t r = 0; r < count; ++r) total += load_acc<T>(rows + r * stride, n);
+    return total.value();
+}
+
 // out[d] = partials[0][d] + partials[1][d] + ..., in that order.
 template <class T>
 inline void add_rows(acc_t<T>* out, const acc_t<T>* partials, int64_t count, int64_t stride,
                      int64_t width) {
     for_columns<T>(width, [&](int64_t d, auto n) {
-        CompensatedSum<T> total{Acc<T>(0), Acc<T>(0)};
-        for (int64_t r = 0; r < count; ++r) total += load_acc<T>(partials + r * stride + d, n);
-        store_acc<T>(out + d, total.sum, n);
+        store_acc<T>(out + d, sum_of_rows<T>(partials + d, count, stride, n), n);
     });
 }
 

@@ -87,4 +87,9 @@ inline Rows rows(Tensor& t, int64_t lead) {
     return {t.data_ptr(), *stride};
 }
 
+// Return the rows that begin `offset` elements after those of t.
+inline Rows shifted(const Rows& rows, const Tensor& t, int64_t offset) {
+    return {static_cast<char*>(rows.data) + offset * t.element_size(), rows.stride};
+}
+
 }  // namespace mvsplit
