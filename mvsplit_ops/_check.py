@@ -76,12 +76,16 @@ def check_activation(
     rank = dims.count(" ") + 1
     if not isinstance(t, Tensor) or t.dim() != rank or t.dtype not in ACTIVATIONS:
         fail(op, arg, f"a tensor ({dims.replace(' ', ', ')}) of {FLOATS}", describe(t))
-    if t.layout != torch.strided:
-        fail(op, arg, "a dense tensor; call .to_dense()", f"layout {t.layout}")
+    check_dense(op, arg, t)
     if like is not None:
         if t.dtype != like[1].dtype:
             fail(op, arg, f"{format_dtypes(like[1].dtype)} like {like[0]}", describe(t))
         _check_device(op, arg, t, like[1])
+
+
+def check_dense(op: str, arg: str, t: Tensor) -> None:
+    if t.layout != torch.strided:
+        fail(op, arg, "a dense tensor (call .to_dense())", f"layout {t.layout}")
 
 
 def check_merge_inputs(op: str, x: Tensor, f: Tensor) -> None:

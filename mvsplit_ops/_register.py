@@ -130,6 +130,7 @@ def register(op: Op) -> Op:
     for key in ("CPU", "CUDA"):
         _LIB.impl(fwd, run_fwd, key)
         _LIB.impl(bwd, run_bwd, key)
+    _refuse_layouts(op, fwd)
     _register_fakes(op, fwd, bwd)
     _register_autograd(op, fwd, bwd)
     _register_autocast(op, fwd)
@@ -180,6 +181,25 @@ def _run_kernel(name: str, suffix: str, args: tuple[Any, ...]) -> Any:
     *inputs, backend = args
     device_type = "cpu" if inputs[0].is_cpu else inputs[0].device.type
     return _backends.load_kernel(backend, name, suffix, device_type)(*inputs)
+
+
+def _refuse_layouts(op: Op, fwd: str) -> None:
+    """Register kernels that raise a clear error for tensors that no kernel takes."""
+
+    def make_kernel(kind: str, remedy: str) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            raise ValueError(f"{op.name}: {kind} tensors are not supported; call {remedy} first")
+
+        return run
+
+    for device in ("CPU", "CUDA"):
+        for key, kind, remedy in (
+            ("Quantized", "quantised", ".dequantize()"),
+            ("Sparse", "sparse", ".to_dense()"),
+            ("SparseCsr", "sparse", ".to_dense()"),
+        ):
+            _LIB.impl(fwd, make_kernel(kind, remedy), key + device)
+    _LIB.impl(fwd, make_kernel("MKL-DNN", ".to_dense()"), "MkldnnCPU")
 
 
 def _register_fakes(op: Op, fwd: str, bwd: str) -> None:

@@ -33,6 +33,8 @@ def to_half_width(
         cos, sin = cos.real, cos.imag
     if not (isinstance(x, Tensor) and isinstance(cos, Tensor) and isinstance(sin, Tensor)):
         return cos, sin  # the operator's check names the error
+    if x.is_nested:
+        return cos, sin
     if cos.is_complex():
         fail(op, "sin", "None if cos is complex", describe(sin))
     if cos.dim() and x.dim() and cos.shape[-1] == x.shape[-1] and cos.shape == sin.shape:

@@ -204,5 +204,5 @@ def mvsplit_rmsnorm_with_mean(
 
 def _to_counts(x: Tensor, segments: Sequence[int] | None) -> list[int]:
     if segments is None and isinstance(x, Tensor) and x.dim() == 3:
-        segments = [x.shape[1]]
+        segments = [] if x.is_nested else [x.shape[1]]
     return to_token_counts(_NAME, segments)

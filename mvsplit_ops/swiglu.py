@@ -5,6 +5,7 @@ from torch import Tensor
 from mvsplit_ops import reference
 from mvsplit_ops._check import (
     ACTIVATIONS,
+    check_dense,
     check_even_width,
     check_same_shape,
     fail,
@@ -19,6 +20,7 @@ def _check_inputs(x: Tensor, up: Tensor | None, gate_first: bool) -> None:
     dims = "(.., 2F)" if up is None else "(.., F)"
     if not isinstance(x, Tensor) or x.dtype not in ACTIVATIONS or x.dim() < 1:
         fail(_NAME, "x", f"a floating-point tensor {dims}", describe(x))
+    check_dense(_NAME, "x", x)
     if up is None:
         check_even_width(_NAME, "2F, the last dimension of x,", x)
         return
@@ -26,6 +28,7 @@ def _check_inputs(x: Tensor, up: Tensor | None, gate_first: bool) -> None:
         fail(_NAME, "gate_first", "True if up is passed: x is the gate", gate_first)
     if not isinstance(up, Tensor) or up.dtype != x.dtype:
         fail(_NAME, "up", f"{format_dtypes(x.dtype)} like x", describe(up))
+    check_dense(_NAME, "up", up)
     check_same_shape(_NAME, "up", up, "x", x)
     if up.device != x.device:
         fail(_NAME, "up", f"on {x.device}, the device of the first input", up.device)
