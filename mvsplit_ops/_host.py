@@ -4,6 +4,7 @@ The `require_` functions check the arguments of a backward kernel, so that it ca
 bounds; mvsplit_ops/_check.py checks what a user passes to an operator.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -11,11 +12,13 @@ import torch
 from torch import Tensor
 
 Tables = tuple[Tensor, Tensor] | tuple[()]  # cos and sin, or none
+TableStrides = tuple[tuple[int, int, int], ...]  # of a sample, a token and a pair
 _T = TypeVar("_T", Tensor, Tensor | None)
 
 # Most rows of partial sums of a head weight's gradient: several programs or blocks for each of 132
 # SMs, and few rows to add.
 MOST_PARTIALS = 1024
+TABLE_DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
 class HeadModes(NamedTuple):
@@ -221,11 +224,28 @@ def to_strided_rows(t: Tensor) -> Tensor:
 
 def row_stride(t: Tensor) -> int | None:
     """Return the elements from a row (the last dimension) to the next; None if it varies."""
-    if t.dim() == 1 or t.is_contiguous():
-        return t.shape[-1] if t.stride(-1) == 1 else None
-    sizes, strides = t.shape[:-1], t.stride()[:-1]
-    nested = all(strides[i] == sizes[i + 1] * strides[i + 1] for i in range(len(sizes) - 1))
-    return strides[-1] if nested and t.stride(-1) == 1 else None
+    if t.is_contiguous():  # also where dimensions of size 1 have other strides
+        return t.shape[-1]
+    if t.stride(-1) != 1 and t.shape[-1] > 1:
+        return None
+    outer = [(n, s) for n, s in zip(t.shape[:-1], t.stride()[:-1], strict=True) if n != 1]
+    nested = all(s == n * inner for (_, s), (n, inner) in itertools.pairwise(outer))
+    return outer[-1][1] if nested else None
+
+
+def table_strides(tables: Tables, x: Tensor) -> TableStrides:
+    """Check cos and sin, and return the strides of cos and of sin, once if they are equal."""
+    if not tables:
+        return ()
+    B, T, _, D = x.shape
+    strides = []
+    for name, t in zip(("cos", "sin"), tables, strict=True):
+        samples = 1 if t.dim() == 2 or t.shape[0] == 1 else B
+        length = max(T, t.shape[-2])
+        shape = (samples, length, D // 2) if t.dim() == 3 else (length, D // 2)
+        require(name, t, shape, *TABLE_DTYPES)
+        strides.append((t.stride(0) if samples > 1 else 0, t.stride(-2), t.stride(-1)))
+    return tuple(dict.fromkeys(strides))
 
 
 def prepare_tables(tables: Tables, x: Tensor) -> tuple[Tables, tuple[int, ...]]:

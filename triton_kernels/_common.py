@@ -1,4 +1,10 @@
-"""Helpers of all kernels and launchers: availability, launching, the sum of partial rows."""
+"""Helpers of all kernels and launchers: availability, launching, sums over many rows.
+
+Sums: values need not average out (equal tokens of a collapsed block, constant gradients), and then
+the error of a plain sum grows with the number of terms. tl.sum adds the elements of a tile as a
+tree. A loop adds at most PLAIN_TILES tiles one after another; the sums of such blocks are added in
+float64, a few instructions per block.
+"""
 
 from typing import Any
 
@@ -12,6 +18,7 @@ from mvsplit_ops._host import ceil_div, new_empty
 # Triton decides at import whether it compiles kernels or interprets them, on CPU tensors.
 INTERPRETED = triton.knobs.runtime.interpret
 OLDEST_TRITON = (3, 5)
+PLAIN_TILES = tl.constexpr(16)
 
 
 def find_missing(device_type: str) -> str | None:
@@ -65,14 +72,23 @@ def _sum_rows(partials, sums, rows, width: tl.constexpr, ROWS: tl.constexpr, COL
 
 @triton.jit
 def column_sum(partials, rows, d, width: tl.constexpr, ROWS: tl.constexpr):
-    """Return the sums of columns d of a (rows, width) array over its rows, ROWS at a time."""
-    total = tl.zeros((ROWS, d.shape[0]), partials.dtype.element_ty)
-    for first in range(0, rows, ROWS):
-        r = first + tl.arange(0, ROWS)[:, None]
-        inside = (r < rows) & (d < width)[None, :]
-        at = partials + r.to(tl.int64) * width + d[None, :]
-        total += tl.load(at, inside, other=0, cache_modifier=".cg")  # L2, not a stale line of L1
-    return tl.sum(total, 0)
+    """Return the sums, in float64, of columns d of a (rows, width) array, ROWS rows at a time."""
+    total = tl.zeros((d.shape[0],), tl.float64)
+    for block in range(0, rows, ROWS * PLAIN_TILES):
+        tile = tl.zeros((ROWS, d.shape[0]), partials.dtype.element_ty)
+        for first in range(block, min(block + ROWS * PLAIN_TILES, rows), ROWS):
+            r = first + tl.arange(0, ROWS)[:, None]
+            inside = (r < rows) & (d < width)[None, :]
+            at = partials + r.to(tl.int64) * width + d[None, :]
+            tile += tl.load(at, inside, other=0, cache_modifier=".cg")  # L2, not a stale line of L1
+        total += tl.sum(tile, 0)
+    return total
+
+
+@triton.jit
+def mean_of(total, count):
+    """Return total / count for a float64 sum; the mean of equal float32 values is exact."""
+    return total * (1.0 / count.to(tl.float64))
 
 
 @triton.jit

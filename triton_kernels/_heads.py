@@ -20,8 +20,8 @@ the tables once per token for all heads of q and k. Launch: a program owns whole
 with all heads; a tile is [tokens, heads, pairs]. A thread has 8 adjacent elements, 16 bytes of
 bf16, and their 8 partners. With a weight, a second launch adds partial rows of dw.
 
-Preconditions: contiguous heads and rows of the tables, equal strides of cos and sin; the launchers
-copy other tensors. Deterministic: the order of every sum depends only on the shape.
+Preconditions: contiguous heads; the launchers copy other tensors. The tables have any strides and
+any dtype. Deterministic: the order of every sum depends only on the shape.
 """
 
 from typing import Any, NamedTuple
@@ -39,8 +39,8 @@ from mvsplit_ops._host import (
     new_empty,
     new_statistics,
     next_power_of_two,
-    prepare_tables,
     require_heads,
+    table_strides,
     to_contiguous,
     to_unit_stride,
 )
@@ -50,6 +50,8 @@ from mvsplit_ops.triton_kernels._common import launch, sum_rows, wide
 # and four backward. Twice the tile took 90 registers instead of 54 and more exchanges of angles.
 TILE_PAIRS, TILE_WARPS = 1024, 4
 MOST_HEADS = 8  # of a tile; more are processed one tile after another, with the same angles
+# Most tiles that a program adds to dw one after another. sum_rows adds the sums of the programs.
+MOST_TILES = 32
 
 
 def _forward(
@@ -64,14 +66,14 @@ def _forward(
     xs, weights = [to_unit_stride(x) for x in xs], to_contiguous(*weights)
     ys = [new_empty(x, x.shape) for x in xs]
     rstds = [new_statistics(x, *x.shape[:3]) for x in xs] if norm else []
-    tables, table_strides = prepare_tables(tables, xs[0])
+    angle_strides = table_strides(tables, xs[0])
     strides = tuple(x.stride()[:3] for x in xs)
     tokens, options = _choose_options(xs, modes)
     launch(
         _fwd,
         ceil_div(tokens, options["TILE"].tokens),
         xs[0],
-        *(tuple(xs), tuple(weights), tables, tuple(ys), tuple(rstds), strides, table_strides),
+        *(tuple(xs), tuple(weights), tables, tuple(ys), tuple(rstds), strides, angle_strides),
         *(xs[0].shape[1], tokens),
         EPS=eps,
         **options,
@@ -92,13 +94,15 @@ def _backward(
     dys, saved = [to_unit_stride(t) for t in dys], [to_unit_stride(t) for t in saved]
     rstds, weights = to_contiguous(*rstds), to_contiguous(*weights)
     dxs = [new_empty(x, x.shape) for x in saved]
-    tables, table_strides = prepare_tables(tables, saved[0])
+    angle_strides = table_strides(tables, saved[0])
     strides = tuple((*dy.stride()[:3], *x.stride()[:3]) for dy, x in zip(dys, saved, strict=True))
     tokens, options = _choose_options(saved, modes)
-    per_program, weighted = options["TILE"].tokens, sum(w is not None for w in weights)
+    tile, weighted = options["TILE"], sum(w is not None for w in weights)
+    per_program = tile.tokens
     if weighted:
-        share = ceil_div(tokens, MOST_PARTIALS)
-        per_program *= max(1, ceil_div(share, per_program))
+        tiles = ceil_div(ceil_div(tokens, MOST_PARTIALS), tile.tokens)
+        most = MOST_TILES // ceil_div(max(options["HEADS"]), tile.heads)
+        per_program *= max(1, min(tiles, most))
     programs = ceil_div(tokens, per_program)
     partials = new_statistics(saved[0], weighted, programs, saved[0].shape[3])
     launch(
@@ -106,7 +110,7 @@ def _backward(
         programs,
         saved[0],
         *(tuple(dys), tuple(saved), tuple(rstds), tuple(weights), tables, tuple(dxs), partials),
-        *(strides, table_strides, saved[0].shape[1], tokens, per_program),
+        *(strides, angle_strides, saved[0].shape[1], tokens, per_program),
         **options,
     )
     sums = iter(sum_rows(partials) if weighted else ())
@@ -144,7 +148,7 @@ def _fwd(
     ys,
     rstds,
     strides,
-    table_strides,
+    angle_strides,
     T,
     tokens,
     HEADS: tl.constexpr,
@@ -154,9 +158,10 @@ def _fwd(
     EPS: tl.constexpr,
 ):
     ROTATE: tl.constexpr = len(tables) > 0
-    n = tl.program_id(0) * TILE.tokens + tl.arange(0, TILE.tokens)[:, None, None]
+    n = tl.program_id(0).to(tokens.dtype) * TILE.tokens + tl.arange(0, TILE.tokens)[:, None, None]
     if ROTATE:
-        cos, sin = _angles(tables, table_strides, n, T, tokens, D, TILE.pairs, MODES.conjugate)
+        cos, sin = _angles(xs[0], tables, angle_strides, n, T, tokens, D, TILE.pairs)
+        sin = -sin if MODES.conjugate else sin
     for i in tl.static_range(len(HEADS)):
         for first in tl.range(0, HEADS[i], TILE.heads):
             h = first + tl.arange(0, TILE.heads)[None, :, None]
@@ -188,7 +193,7 @@ def _bwd(
     dxs,
     partials,
     strides,
-    table_strides,
+    angle_strides,
     T,
     tokens,
     per_program,
@@ -198,7 +203,7 @@ def _bwd(
     MODES: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    begin = pid * per_program
+    begin = pid.to(tokens.dtype) * per_program
     zero = tl.zeros(TILE, rstds[0].dtype.element_ty)
     # With a weight, q and k in turn: two sums of dw would not fit the registers.
     TOGETHER: tl.constexpr = 2 if weights[0] is None and weights[1] is None else 1
@@ -208,9 +213,8 @@ def _bwd(
             n = token + tl.arange(0, TILE.tokens)[:, None, None]
             angles = ()
             if len(tables) > 0:
-                angles = _angles(
-                    tables, table_strides, n, T, tokens, D, TILE.pairs, MODES.conjugate
-                )
+                cos, sin = _angles(saved[0], tables, angle_strides, n, T, tokens, D, TILE.pairs)
+                angles = cos, -sin if MODES.conjugate else sin
             for i in tl.static_range(part, part + TOGETHER):
                 dw1, dw2 = _bwd_heads(
                     dys[i],
@@ -231,8 +235,8 @@ def _bwd(
                     MODES,
                 )
         if weights[part] is not None:
-            _store_sum(partials + pid * D, dw1, dw2, D, TILE.pairs, MODES.interleaved)
-            partials += tl.num_programs(0) * D
+            _store_sum(partials + pid.to(tl.int64) * D, dw1, dw2, D, TILE.pairs, MODES.interleaved)
+            partials += tl.num_programs(0).to(tl.int64) * D
 
 
 @triton.jit
@@ -294,16 +298,21 @@ def _row(n, h, T, sample, token, head):
 
 
 @triton.jit
-def _angles(
-    tables, strides, n, T, tokens, D: tl.constexpr, PAIRS: tl.constexpr, CONJUGATE: tl.constexpr
-):
-    """Return cos and sin [tokens, 1, PAIRS] of the tokens n."""
+def _angles(x, tables, strides, n, T, tokens, D: tl.constexpr, PAIRS: tl.constexpr):
+    """Return cos and sin [tokens, 1, PAIRS] of the tokens n, in the dtype of arithmetic of x."""
     c = tl.arange(0, PAIRS)[None, None, :]
-    at = (n // T).to(tl.int64) * strides[0] + (n % T).to(tl.int64) * strides[1] + c
     live = (n < tokens) & (c < D // 2)
-    cos = wide(tl.load(tables[0] + at, live, other=0))
-    sin = wide(tl.load(tables[1] + at, live, other=0))
-    return cos, -sin if CONJUGATE else sin
+    b, t = (n // T).to(tl.int64), (n % T).to(tl.int64)
+    cos = _load_angles(tables[0], b, t, c, strides[0], live)
+    sin = _load_angles(tables[1], b, t, c, strides[len(strides) - 1], live)
+    dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    return cos.to(dtype), sin.to(dtype)
+
+
+@triton.jit
+def _load_angles(table, b, t, c, strides, live):
+    at = b * strides[0] + t * strides[1] + c.to(tl.int64) * strides[2]
+    return tl.load(table + at, live, other=0)
 
 
 @triton.jit

@@ -6,6 +6,10 @@
 A program owns consecutive rows of N = B * T and processes a tile [rows, D] at a time. It reads the
 parameter vectors once, into registers, not once per row. Preconditions: contiguous tensors; the
 launchers copy others.
+
+Sums over rows: a program adds at most BLOCK_TILES tiles in registers, then adds that block to its
+row of partial sums in memory, because registers for a second level of sums would spill. Its row has
+at most MOST_BLOCKS blocks, and add_exactly adds the rows of all programs.
 """
 
 import triton
@@ -25,6 +29,7 @@ FEWEST_WARPS, MOST_WARPS = 4, 32  # 4 warps process two rows of the paper's D = 
 # SMs), because more rows then cost no parallelism.
 FEWEST_ROWS = 16
 RESIDENT_PROGRAMS = 528
+BLOCK_TILES, MOST_BLOCKS = tl.constexpr(32), 16
 
 
 def choose_tile(D: int, kind: str = "plain") -> dict[str, int]:
@@ -36,6 +41,21 @@ def choose_tile(D: int, kind: str = "plain") -> dict[str, int]:
 
 def rows_per_program(N: int) -> int:
     return max(FEWEST_ROWS, ceil_div(N, RESIDENT_PROGRAMS))
+
+
+def summed_rows_per_program(N: int, tile: dict[str, int]) -> int:
+    """Return the rows of a program that stores their sums in one row of partial sums."""
+    most = MOST_BLOCKS * BLOCK_TILES.value * tile["ROWS"]
+    return min(rows_per_program(N), max(FEWEST_ROWS, most))
+
+
+@triton.jit
+def add_block(row, values, live, again):
+    """Store a row of partial sums; if this program has stored it before, add to it."""
+    if again:
+        tl.debug_barrier()  # a thread may load what another has stored
+        values += tl.load(row, live, other=0)
+    tl.store(row, values, live)
 
 
 @triton.jit

@@ -1,15 +1,15 @@
 """MV-Split residual with RMSNorm (arXiv 2605.06169), J the token mean of a segment, P = I - J.
 
     z = x + beta * P f + alpha * J (f - x)      y = z * rstd * weight
-      = x + beta * f + shift                    shift = (alpha - beta) * jf - alpha * jx
+      = x + beta * (f - jf) + shift             shift = alpha * (jf - jx)
 
 With dz and n as in _merge.py, and jdz = J dz:
 
     dx = dz - alpha * jdz      dalpha = sum_{b,s} Ts * jdz * (jf - jx)
     df = beta * dz + (alpha - beta) * jdz      dbeta = sum dz * (f - jf)
 
-dbeta is the sum over centred f: if the token mean dominates, sum dz * f minus the mean's part would
-be a small difference of large numbers.
+Both z and dbeta are computed from centred f: if the token mean dominates, beta * f - beta * jf and
+sum dz * f minus the mean's part would be small differences of large numbers.
 
 Bytes, in passes: at least 3 forward and 5 backward. These kernels, in two sweeps:
 
@@ -41,14 +41,24 @@ from mvsplit_ops._host import (
     require_merge,
     to_contiguous,
 )
-from mvsplit_ops.triton_kernels._common import column_sum, find_missing, launch, wide
+from mvsplit_ops.triton_kernels._common import (
+    PLAIN_TILES,
+    column_sum,
+    find_missing,
+    launch,
+    mean_of,
+    wide,
+)
 from mvsplit_ops.triton_kernels._merge import (
+    BLOCK_TILES,
+    add_block,
     choose_tile,
     load_rows,
     load_vector,
     mean_d,
     rows_per_program,
     store_rows,
+    summed_rows_per_program,
 )
 from mvsplit_ops.triton_kernels._segments import block_tokens, encode_ends, segment_tokens
 
@@ -93,9 +103,9 @@ def mvsplit_rmsnorm_fwd(
         tickets = new_empty(x, (B, S), torch.int32)
     count = count_blocks(segments, share)
     programs = B * S * ceil_div(D, MEANS["COLUMNS"])
-    means = x, f, alpha, beta, input_jx, new_jx, jf, shift, tickets
+    means = x, f, alpha, input_jx, new_jx, jf, shift, tickets
     launch(_means, programs, x, *means, ends, T, D=D, **MEANS)
-    tensors = x, f, beta, shift, weight, y, rstd, (partials, tickets, jy)
+    tensors = x, f, beta, (jf, shift), weight, y, rstd, (partials, tickets, jy)
     launch(_apply, B * count, x, *tensors, ends, T, share, count, EPS=eps, **choose_tile(D))
     return y, jy, rstd, new_jx, jf
 
@@ -118,7 +128,8 @@ def mvsplit_rmsnorm_bwd(
     dy, saved, f, rstd, jx, jf = to_contiguous(dy, saved, f, rstd, jx, jf)
     (alpha, beta), (weight,) = to_contiguous(alpha, beta), to_contiguous(weight)
     params = 2 if weight is None else 3
-    share = rows_per_program(B * T)
+    tile = choose_tile(D, "plain" if weight is None else "weighted backward")
+    share = summed_rows_per_program(B * T, tile)
     count = count_blocks(segments, share)
     partials = new_statistics(dy, params, B * count, D)
     mean, jdz = new_statistics(dy, B, T), new_statistics(dy, B, S, D)
@@ -126,7 +137,6 @@ def mvsplit_rmsnorm_bwd(
     dx, df = new_empty(dy, dy.shape), new_empty(dy, dy.shape)
     dparams = [new_statistics(dy, D) for _ in range(params)]
     tensors = dy, saved, f, (alpha, beta, weight), (rstd, jx, jf, mean)
-    tile = choose_tile(D, "plain" if weight is None else "weighted backward")
     launch(_bwd_reduce, B * count, dy, *tensors, partials, ends, T, share, count, **tile)
     programs = B * S * ceil_div(D, REDUCE["COLUMNS"])
     means = partials, jx, jf, jdz, parts
@@ -144,7 +154,6 @@ def _means(
     x,
     f,
     alpha,
-    beta,
     input_jx,
     jxs,
     jfs,
@@ -161,30 +170,31 @@ def _means(
     b, segment = unit // len(ends), unit % len(ends)
     begin, end, _, _ = segment_tokens(segment, ends, 1)
     d = part * COLUMNS + tl.arange(0, COLUMNS)
-    sum_x = tl.zeros((ROWS, COLUMNS), jfs.dtype.element_ty)
-    sum_f = sum_x
-    for first in range(begin, end, ROWS):
-        t = first + tl.arange(0, ROWS)
-        sum_f += load_rows(f, b * T + t, d, t < end, D)
+    total_x = tl.zeros((COLUMNS,), tl.float64)
+    total_f = total_x
+    for block in range(begin, end, ROWS * PLAIN_TILES):
+        sum_x = tl.zeros((ROWS, COLUMNS), jfs.dtype.element_ty)
+        sum_f = sum_x
+        for first in range(block, min(block + ROWS * PLAIN_TILES, end), ROWS):
+            t = first + tl.arange(0, ROWS)
+            r = b.to(tl.int64) * T + t
+            sum_f += load_rows(f, r, d, t < end, D)
+            if input_jx is None:
+                sum_x += load_rows(x, r, d, t < end, D)
+        total_f += tl.sum(sum_f, 0)
         if input_jx is None:
-            sum_x += load_rows(x, b * T + t, d, t < end, D)
+            total_x += tl.sum(sum_x, 0)
     at = unit.to(tl.int64) * D + d
-    jf = tl.sum(sum_f, 0) / (end - begin)
+    jf = mean_of(total_f, end - begin).to(jfs.dtype.element_ty)
     if input_jx is None:
-        jx = tl.sum(sum_x, 0) / (end - begin)
+        jx = mean_of(total_x, end - begin).to(jfs.dtype.element_ty)
         tl.store(jxs + at, jx, d < D)
     else:
         jx = tl.load(input_jx + at, d < D, other=0)
     tl.store(jfs + at, jf, d < D)
-    tl.store(shifts + at, _shift(alpha, beta, jx, jf, d, D), d < D)
+    tl.store(shifts + at, load_vector(alpha, d, D) * (jf - jx), d < D)
     if tickets is not None and part == 0:
         tl.store(tickets + unit, 0)
-
-
-@triton.jit
-def _shift(alpha, beta, jx, jf, d, D: tl.constexpr):
-    a, b = load_vector(alpha, d, D), load_vector(beta, d, D)
-    return (a - b) * jf - a * jx
 
 
 @triton.jit(do_not_specialize=["T", "share", "count"])
@@ -192,7 +202,7 @@ def _apply(
     x,
     f,
     beta,
-    shifts,
+    means,
     weight,
     y,
     rstds,
@@ -206,6 +216,7 @@ def _apply(
     BLOCK_D: tl.constexpr,
     EPS: tl.constexpr,
 ):
+    jfs, shifts = means
     partials, tickets, jys = carry
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     b, block = pid // count, pid % count
@@ -213,25 +224,30 @@ def _apply(
     unit = b * len(ends) + segment
     d = tl.arange(0, BLOCK_D)
     bt = load_vector(beta, d, D)[None, :]
+    jf = load_vector(jfs + unit.to(tl.int64) * D, d, D)[None, :]
     shift = load_vector(shifts + unit.to(tl.int64) * D, d, D)[None, :]
     if weight is not None:
         w = load_vector(weight, d, D)[None, :]
-    sum_y = tl.zeros((BLOCK_D,), rstds.dtype.element_ty)
-    for first in range(begin, end, ROWS):
-        t = first + tl.arange(0, ROWS)
-        r, live = b * T + t, t < end
-        z = load_rows(x, r, d, live, D) + bt * load_rows(f, r, d, live, D) + shift
-        rstd = tl.rsqrt(mean_d(z * z, D) + EPS)
-        out = z * rstd[:, None]
-        if weight is not None:
-            out *= w
-        out = out.to(y.dtype.element_ty)
-        store_rows(y, r, d, out, live, D)
-        tl.store(rstds + r, rstd, live)
+    total = tl.zeros((BLOCK_D,), tl.float64)
+    for part in range(begin, end, ROWS * PLAIN_TILES):
+        sum_y = tl.zeros((BLOCK_D,), rstds.dtype.element_ty)
+        for first in range(part, min(part + ROWS * PLAIN_TILES, end), ROWS):
+            t = first + tl.arange(0, ROWS)
+            r, live = b.to(tl.int64) * T + t, t < end
+            z = load_rows(x, r, d, live, D) + bt * (load_rows(f, r, d, live, D) - jf) + shift
+            rstd = tl.rsqrt(mean_d(z * z, D) + EPS)
+            out = z * rstd[:, None]
+            if weight is not None:
+                out *= w
+            out = out.to(y.dtype.element_ty)
+            store_rows(y, r, d, out, live, D)
+            tl.store(rstds + r, rstd, live)
+            if partials is not None:
+                sum_y += tl.sum(tl.where(live[:, None], wide(out), 0), 0)
         if partials is not None:
-            sum_y += tl.sum(tl.where(live[:, None], wide(out), 0), 0)
+            total += sum_y
     if partials is not None:
-        tl.store(partials + pid.to(tl.int64) * D + d, sum_y, d < D)
+        tl.store(partials + pid.to(tl.int64) * D + d, total, d < D)
         _add_up_last(partials, tickets, jys, unit, b * count, segment, ends, share, D, BLOCK_D)
 
 
@@ -245,7 +261,7 @@ def _add_up_last(
     if tl.atomic_add(tickets + unit, 1, sem="acq_rel") == total - 1:
         d = tl.arange(0, BLOCK_D)
         rows = partials + (base + first).to(tl.int64) * D
-        jy = column_sum(rows, total, d, D, 4) / (end - begin)
+        jy = mean_of(column_sum(rows, total, d, D, 4), end - begin)
         tl.store(jys + unit.to(tl.int64) * D + d, jy, d < D)
 
 
@@ -276,31 +292,32 @@ def _bwd_reduce(
     jf = load_vector(jfs + at, d, D)
     if weight is not None:
         w, bt = load_vector(weight, d, D)[None, :], load_vector(beta, d, D)[None, :]
-        shift = _shift(alpha, beta, load_vector(jxs + at, d, D), jf, d, D)[None, :]
-    sum_dz = tl.zeros((BLOCK_D,), rstds.dtype.element_ty)
-    sum_dzf, sum_dyn = sum_dz, sum_dz
-    for first in range(begin, end, ROWS):
-        t = first + tl.arange(0, ROWS)
-        r, live = b * T + t, t < end
-        rstd = tl.load(rstds + r, live, other=0)[:, None]
-        g = load_rows(dy, r, d, live, D)
-        n = load_rows(saved, r, d, live, D)
-        branch = load_rows(f, r, d, live, D)
-        if weight is not None:  # saved is x
-            n = (n + bt * branch + shift) * rstd
-            sum_dyn += tl.sum(g * n, 0)
-            g *= w
-        mean = mean_d(g * n, D)
-        dz = rstd * (g - n * mean[:, None])
-        sum_dz += tl.sum(dz, 0)
-        sum_dzf += tl.sum(dz * (branch - jf[None, :]), 0)
-        tl.store(means + r, mean, live)
+        shift = (load_vector(alpha, d, D) * (jf - load_vector(jxs + at, d, D)))[None, :]
     partials += pid.to(tl.int64) * D + d
-    stride = tl.num_programs(0).to(tl.int64) * D
-    tl.store(partials, sum_dz, d < D)
-    tl.store(partials + stride, sum_dzf, d < D)
-    if weight is not None:
-        tl.store(partials + 2 * stride, sum_dyn, d < D)
+    next_sum = tl.num_programs(0).to(tl.int64) * D
+    for part in range(begin, end, ROWS * BLOCK_TILES):
+        sum_dz = tl.zeros((BLOCK_D,), rstds.dtype.element_ty)
+        sum_dzf, sum_dyn = sum_dz, sum_dz
+        for first in range(part, min(part + ROWS * BLOCK_TILES, end), ROWS):
+            t = first + tl.arange(0, ROWS)
+            r, live = b.to(tl.int64) * T + t, t < end
+            rstd = tl.load(rstds + r, live, other=0)[:, None]
+            g = load_rows(dy, r, d, live, D)
+            n = load_rows(saved, r, d, live, D)
+            centred = load_rows(f, r, d, live, D) - jf[None, :]
+            if weight is not None:  # saved is x
+                n = (n + bt * centred + shift) * rstd
+                sum_dyn += tl.sum(g * n, 0)
+                g *= w
+            mean = mean_d(g * n, D)
+            dz = rstd * (g - n * mean[:, None])
+            sum_dz += tl.sum(dz, 0)
+            sum_dzf += tl.sum(dz * centred, 0)
+            tl.store(means + r, mean, live)
+        add_block(partials, sum_dz, d < D, part > begin)
+        add_block(partials + next_sum, sum_dzf, d < D, part > begin)
+        if weight is not None:
+            add_block(partials + 2 * next_sum, sum_dyn, d < D, part > begin)
 
 
 @triton.jit(do_not_specialize=["B", "share", "count"])
@@ -330,7 +347,7 @@ def _bwd_means(
     sum_dz = column_sum(rows, total, d, D, ROWS)
     jx = tl.load(jxs + at, d < D, other=0)
     jf = tl.load(jfs + at, d < D, other=0)
-    tl.store(jdzs + at, sum_dz / (end - begin), d < D)
+    tl.store(jdzs + at, mean_of(sum_dz, end - begin), d < D)
     tl.store(parts + at, sum_dz * (jf - jx), d < D)
     row, part = (B * count).to(tl.int64) * D, (B * len(ends)).to(tl.int64) * D
     for i in tl.static_range(1, PARAMS):
@@ -380,16 +397,16 @@ def _bwd_apply(
         if weight is not None:
             w = load_vector(weight, d, D)[None, :]
             jx, jf = load_vector(jxs + at, d, D), load_vector(jfs + at, d, D)
-            shift = _shift(alpha, beta, jx, jf, d, D)[None, :]
+            jf, shift = jf[None, :], (load_vector(alpha, d, D) * (jf - jx))[None, :]
         for first in range(begin, end, ROWS):
             t = first + tl.arange(0, ROWS)
-            r, live = b * T + t, t < end
+            r, live = b.to(tl.int64) * T + t, t < end
             rstd = tl.load(rstds + r, live, other=0)[:, None]
             mean = tl.load(means + r, live, other=0)[:, None]
             g = load_rows(dy, r, d, live, D)
             n = load_rows(saved, r, d, live, D)
             if weight is not None:
-                n = (n + bt * load_rows(f, r, d, live, D) + shift) * rstd
+                n = (n + bt * (load_rows(f, r, d, live, D) - jf) + shift) * rstd
                 g *= w
             dz = rstd * (g - n * mean)
             store_rows(dx, r, d, dz - to_dx, live, D)

@@ -22,12 +22,15 @@ from mvsplit_ops._host import (
 )
 from mvsplit_ops.triton_kernels._common import find_missing, launch, sum_rows
 from mvsplit_ops.triton_kernels._merge import (
+    BLOCK_TILES,
+    add_block,
     choose_tile,
     load_rows,
     load_vector,
     mean_d,
     rows_per_program,
     store_rows,
+    summed_rows_per_program,
 )
 
 __all__ = ["find_missing", "residual_rmsnorm_bwd", "residual_rmsnorm_fwd"]
@@ -60,12 +63,13 @@ def residual_rmsnorm_bwd(
     f, *params = to_contiguous(f, scale, weight)
     N = B * T
     dx, df = new_empty(dy, dy.shape), new_empty(dy, 0 if scale is None else dy.shape)
-    share = rows_per_program(N)
-    programs, outputs = ceil_div(N, share), sum(p is not None for p in params)
+    tile = choose_tile(D, "plain" if weight is None else "weighted backward")
+    outputs = sum(p is not None for p in params)
+    share = summed_rows_per_program(N, tile) if outputs else rows_per_program(N)
+    programs = ceil_div(N, share)
     partials = new_statistics(dy, outputs, programs, D)
     tensors = dy, saved, f, *params, rstd, dx, df, partials
-    kind = "plain" if weight is None else "weighted backward"
-    launch(_bwd, programs, dy, *tensors, N, share, **choose_tile(D, kind))
+    launch(_bwd, programs, dy, *tensors, N, share, **tile)
     sums = iter(sum_rows(partials) if outputs else ())
     return dx, df, *(new_statistics(dy, 0) if p is None else next(sums) for p in params)
 
@@ -90,7 +94,7 @@ def _fwd(
         s = load_vector(scale, d, D)[None, :]
     if weight is not None:
         w = load_vector(weight, d, D)[None, :]
-    begin = tl.program_id(0) * share
+    begin = tl.program_id(0).to(N.dtype) * share
     end = min(begin + share, N)
     for first in range(begin, end, ROWS):
         r = first + tl.arange(0, ROWS)
@@ -122,35 +126,38 @@ def _bwd(
     BLOCK_D: tl.constexpr,
 ):
     d = tl.arange(0, BLOCK_D)
-    dscale = tl.zeros((BLOCK_D,), rstds.dtype.element_ty)
-    dweight = dscale
     if scale is not None:
         s = load_vector(scale, d, D)[None, :]
     if weight is not None:
         w = load_vector(weight, d, D)[None, :]
-    begin = tl.program_id(0) * share
+    partials += tl.program_id(0).to(tl.int64) * D + d
+    next_sum = tl.num_programs(0).to(tl.int64) * D
+    begin = tl.program_id(0).to(N.dtype) * share
     end = min(begin + share, N)
-    for first in range(begin, end, ROWS):
-        r = first + tl.arange(0, ROWS)
-        live = r < end
-        rstd = tl.load(rstds + r, live, other=0)[:, None]
-        g = load_rows(dy, r, d, live, D)
-        n = load_rows(saved, r, d, live, D)
-        if f is not None:  # saved is x
-            branch = load_rows(f, r, d, live, D)
-            n += branch * s if scale is not None else branch
-            n *= rstd
-        if weight is not None:
-            dweight += tl.sum(g * n, 0)
-            g *= w
-        dz = rstd * (g - n * mean_d(g * n, D)[:, None])
-        store_rows(dx, r, d, dz, live, D)
+    for block in range(begin, end, ROWS * BLOCK_TILES):
+        dscale = tl.zeros((BLOCK_D,), rstds.dtype.element_ty)
+        dweight = dscale
+        for first in range(block, min(block + ROWS * BLOCK_TILES, end), ROWS):
+            r = first + tl.arange(0, ROWS)
+            live = r < end
+            rstd = tl.load(rstds + r, live, other=0)[:, None]
+            g = load_rows(dy, r, d, live, D)
+            n = load_rows(saved, r, d, live, D)
+            if f is not None:  # saved is x
+                branch = load_rows(f, r, d, live, D)
+                n += branch * s if scale is not None else branch
+                n *= rstd
+            if weight is not None:
+                dweight += tl.sum(g * n, 0)
+                g *= w
+            dz = rstd * (g - n * mean_d(g * n, D)[:, None])
+            store_rows(dx, r, d, dz, live, D)
+            if scale is not None:
+                store_rows(df, r, d, dz * s, live, D)
+                dscale += tl.sum(dz * branch, 0)
+        row = partials
         if scale is not None:
-            store_rows(df, r, d, dz * s, live, D)
-            dscale += tl.sum(dz * branch, 0)
-    partials += tl.program_id(0) * D + d
-    if scale is not None:
-        tl.store(partials, dscale, d < D)
-        partials += tl.num_programs(0) * D
-    if weight is not None:
-        tl.store(partials, dweight, d < D)
+            add_block(row, dscale, d < D, block > begin)
+            row += next_sum
+        if weight is not None:
+            add_block(row, dweight, d < D, block > begin)

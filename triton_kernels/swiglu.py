@@ -1,11 +1,14 @@
-"""SwiGLU: y = silu(gate) * value, with x = [gate, value] packed in a row.
+"""SwiGLU: y = silu(gate) * up, of gate and up packed in one row in either order, or of two tensors.
 
-    s = sigmoid(gate)    dvalue = dy * gate * s    dgate = dy * value * s * (1 + gate * (1 - s))
+    s = sigmoid(gate)    dup = dy * (gate * s)    dgate = dy * up * s * (1 + gate * (1 - s))
+
+The products are in the order of eager code, so that they overflow where eager code overflows.
 
 Bytes, in N*F elements: forward 2 read and 1 written, backward 3 and 2, the minimum.
 Launch: a flat grid over the N*F results, so that no width is padded to a power of two; a block may
 hold the end of one row and the beginning of the next.
-Preconditions: rows of contiguous elements, a constant stride apart; the launchers copy others.
+Preconditions: rows of contiguous elements, a constant stride apart, which may differ between the
+tensors; the launchers copy others.
 Deterministic: no sums.
 """
 
@@ -27,66 +30,111 @@ TILE = {"BLOCK": 2048, "num_warps": 4}
 
 
 def swiglu_fwd(x: Tensor, up: Tensor | None, gate_first: bool) -> Tensor:
-    if up is not None or not gate_first:
-        raise NotImplementedError("swiglu of two tensors")
-    x = to_strided_rows(x)
-    y = new_empty(x, (*x.shape[:-1], x.shape[-1] // 2))
-    _launch(_fwd, x, y, x, y)
+    x, up, layout = _find_halves(x, up, gate_first)
+    y = new_empty(x, (*x.shape[:-1], layout["F"]))
+    _launch(_fwd, y, (x, up, y), (x, up), layout)
     return y
 
 
-def swiglu_bwd(
-    dy: Tensor, x: Tensor, up: Tensor | None, gate_first: bool
-) -> tuple[Tensor, Tensor]:
-    if up is not None or not gate_first:
-        raise NotImplementedError("swiglu of two tensors")
-    require("dy", dy, (*x.shape[:-1], x.shape[-1] // 2), x.dtype)
-    x, dy, dx = to_strided_rows(x), to_strided_rows(dy), new_empty(x, x.shape)
-    _launch(_bwd, x, dy, dy, x, dx)
-    return dx, new_empty(x, 0)
+def swiglu_bwd(dy: Tensor, x: Tensor, up: Tensor | None, gate_first: bool) -> tuple[Tensor, Tensor]:
+    packed = up is None
+    x, up, layout = _find_halves(x, up, gate_first)
+    require("dy", dy, (*x.shape[:-1], layout["F"]), x.dtype)
+    if not packed:
+        require("up", up, x.shape, x.dtype)
+    dy = to_strided_rows(dy)
+    dx, dup = new_empty(x, x.shape), new_empty(x, 0 if packed else x.shape)
+    _launch(_bwd, dy, (dy, x, up, dx, dx if packed else dup), (dy, x, up), layout)
+    return dx, dup
 
 
-def _launch(kernel: Any, x: Tensor, y: Tensor, *tensors: Tensor) -> None:
-    total, F = y.numel(), y.shape[-1]
-    vector = math.gcd(F, 16 // x.element_size()) if F else 1
-    strides = row_stride(x), row_stride(y)
+def _find_halves(
+    x: Tensor, up: Tensor | None, gate_first: bool
+) -> tuple[Tensor, Tensor, dict[str, int]]:
+    """Return the tensors that hold gate and up, and where these are in their rows."""
+    width, x = x.shape[-1], to_strided_rows(x)
+    if up is not None:
+        return x, to_strided_rows(up), {"F": width, "GATE": 0, "UP": 0}
+    F = width // 2
+    return x, x, {"F": F, "GATE": 0 if gate_first else F, "UP": F if gate_first else 0}
+
+
+def _launch(
+    kernel: Any,
+    like: Tensor,
+    tensors: tuple[Tensor, ...],
+    strided: tuple[Tensor, ...],
+    layout: dict[str, int],
+) -> None:
+    total, F = like.numel(), layout["F"]
+    vector = math.gcd(F, 16 // like.element_size()) if F else 1
+    strides = tuple(row_stride(t) for t in strided)
     programs = ceil_div(total, TILE["BLOCK"])
-    launch(kernel, programs, x, *tensors, total, *strides, F=F, VECTOR=vector, **TILE)
+    launch(kernel, programs, like, *tensors, strides, total, VECTOR=vector, **layout, **TILE)
 
 
 @triton.jit(do_not_specialize=["total"])
 def _fwd(
-    x, y, total, x_stride, y_stride, F: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr
+    gates,
+    ups,
+    y,
+    strides,
+    total,
+    F: tl.constexpr,
+    GATE: tl.constexpr,
+    UP: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row, column, live = _places(total, F, VECTOR, BLOCK)
-    gate = wide(tl.load(x + row * x_stride + column, live, other=0))
-    value = wide(tl.load(x + row * x_stride + F + column, live, other=0))
-    result = gate * tl.sigmoid(gate) * value
-    tl.store(y + row * y_stride + column, result.to(y.dtype.element_ty), live)
+    gate = wide(tl.load(gates + row * strides[0] + GATE + column, live, other=0))
+    up = wide(tl.load(ups + row * strides[1] + UP + column, live, other=0))
+    result = gate * _sigmoid(gate, y.dtype.element_ty) * up
+    tl.store(y + row * F + column, result.to(y.dtype.element_ty), live)
 
 
 @triton.jit(do_not_specialize=["total"])
 def _bwd(
     dy,
-    x,
-    dx,
+    gates,
+    ups,
+    dgates,
+    dups,
+    strides,
     total,
-    x_stride,
-    dy_stride,
     F: tl.constexpr,
+    GATE: tl.constexpr,
+    UP: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row, column, live = _places(total, F, VECTOR, BLOCK)
-    gate = wide(tl.load(x + row * x_stride + column, live, other=0))
-    value = wide(tl.load(x + row * x_stride + F + column, live, other=0))
-    d = wide(tl.load(dy + row * dy_stride + column, live, other=0))
-    s = tl.sigmoid(gate)
-    dgate = d * value * s * (1 + gate * (1 - s))
-    dvalue = d * gate * s
-    dx += row * (2 * F) + column
-    tl.store(dx, dgate.to(dx.dtype.element_ty), live)
-    tl.store(dx + F, dvalue.to(dx.dtype.element_ty), live)
+    d = wide(tl.load(dy + row * strides[0] + column, live, other=0))
+    gate = wide(tl.load(gates + row * strides[1] + GATE + column, live, other=0))
+    up = wide(tl.load(ups + row * strides[2] + UP + column, live, other=0))
+    s = _sigmoid(gate, dgates.dtype.element_ty)
+    dgate = d * up * s * (1 + gate * (1 - s))
+    dup = d * (gate * s)
+    out = row * (F + GATE + UP) + column  # a packed row has 2F elements
+    tl.store(dgates + out + GATE, dgate.to(dgates.dtype.element_ty), live)
+    tl.store(dups + out + UP, dup.to(dups.dtype.element_ty), live)
+
+
+@triton.jit
+def _sigmoid(gate, stored: tl.constexpr):
+    """Return 1 / (1 + exp(-gate)), accurate to the last bits of the dtype of the tensors.
+
+    In float32, tl.exp errs by |gate| units in the last place, so exp(-gate) is computed as
+    2^n * 2^(rest / ln 2) with 0 <= rest < ln 2. Beyond the clamp the result is 0 or 1.
+    """
+    if stored == tl.float32:
+        x = tl.clamp(-gate, -105.0, 105.0)
+        n = tl.floor(x * 1.4426950408889634)
+        rest = tl.fma(n, -0.693145751953125, x)  # ln 2 in two parts: n times the first is exact
+        rest = tl.fma(n, -1.428606765330187e-06, rest)
+        return 1 / (1 + tl.exp2(n) * tl.exp2(rest * 1.4426950408889634))
+    else:
+        return tl.sigmoid(gate)
 
 
 @triton.jit

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -30,18 +31,21 @@ def use() -> None:
 
 
 def _correct_interpreter() -> None:
-    """Replace two methods of Triton's interpreter, once; compiled kernels are not affected.
+    """Replace three methods of Triton's interpreter, once; compiled kernels are not affected.
 
     cast_impl     truncates float32 to bfloat16, with up to twice the error of a GPU and always
                   towards zero: the replacement rounds to nearest even. It is also faster, since the
                   original's conversions between the two take most of the interpreter's time.
     create_splat  of Triton 3.9 converts a scalar condition to integers when it is combined with a
                   mask, and loads then refuse the mask: the replacement keeps it boolean.
+    sum           adds the rows of a tile one after another: the replacement adds them as a tree,
+                  as threads and warps of a GPU do.
     """
     import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
 
     convert, splat = InterpreterBuilder.cast_impl, InterpreterBuilder.create_splat
+    add_in_order = ReduceOps.sum
     if convert.__module__ == __name__:  # already replaced
         return
 
@@ -60,7 +64,17 @@ def _correct_interpreter() -> None:
             block.data = block.data.astype(bool)
         return block
 
+    def sum_as_tree(self: Any, tile: Any) -> Any:
+        if self.axis is None:
+            return add_in_order(self, tile)
+        data = tile.handle.data
+        while data.shape[self.axis] > 1:  # sizes of tiles are powers of two
+            first, second = np.split(data, 2, self.axis)
+            data = first + second
+        return self.to_tensor(data if self.keep_dims else data.squeeze(self.axis), tile.dtype)
+
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_splat = cast, create_splat
+    ReduceOps.sum = sum_as_tree
 
 
 @contextlib.contextmanager
