@@ -94,26 +94,25 @@ template <class T>
 class GroupSums {
   public:
     // `row` of the `rows` rows of the task is the first of the group.
-    GroupSums(acc_t<T>* sums, acc_t<T>* scratch, int64_t row, int64_t rows)
-        : sums_(sums),
-          scratch_(scratch),
-          first_(row % kHalfTask == 0),
-          second_half_(row >= kHalfTask),
-          last_(row + kGroup >= rows) {}
+    GroupSums(acc_t<T>* sums, acc_t<T>* scratch, int64_t row, int64_t rows) {
+        const bool second_half = row >= kHalfTask, last = row + kGroup >= rows;
+        acc_t<T>* const half = second_half ? scratch : sums;
+        if (row % kHalfTask) earlier_ = half;
+        if (second_half && last) first_half_ = sums;
+        out_ = second_half && last ? sums : half;
+    }
 
     // Add the sum of the group at columns [column, column + n).
     template <class Count>
     void add(int64_t column, Acc<T> s, Count n) const {
-        acc_t<T>* const half = (second_half_ ? scratch_ : sums_) + column;
-        acc_t<T>* const out = second_half_ && last_ ? sums_ + column : half;
-        if (!first_) s = s + load_acc<T>(half, n);
-        if (out != half) s = s + load_acc<T>(out, n);
-        store_acc<T>(out, s, n);
+        if (earlier_) s = s + load_acc<T>(earlier_ + column, n);
+        if (first_half_) s = s + load_acc<T>(first_half_ + column, n);
+        store_acc<T>(out_ + column, s, n);
     }
 
   private:
-    acc_t<T>*sums_, *scratch_;
-    bool first_, second_half_, last_;
+    const acc_t<T>*earlier_ = nullptr, *first_half_ = nullptr;  // sums to add, or null
+    acc_t<T>* out_;
 };
 
 // Write the column sums of `rows` rows of x to sums[0..D). `scratch` has D elements.

@@ -237,15 +237,18 @@ void for_columns(int64_t D, const F& f) {
     });
 }
 
-// Return the sum of `count` rows of n columns, in the order of the rows.
+// Return the sum of `count` rows of n columns. The sums of 4 rows are compensated.
 template <class T, class Count>
 inline Acc<T> sum_of_rows(const acc_t<T>* rows, int64_t count, int64_t stride, Count n) {
     CompensatedSum<T> total;
-    for (int64_t r = 0; r < count; ++r) total += load_acc<T>(rows + r * stride, n);
+    const auto row = [&](int64_t r) { return load_acc<T>(rows + r * stride, n); };
+    int64_t r = 0;
+    for (; r + 4 <= count; r += 4) total += (row(r) + row(r + 1)) + (row(r + 2) + row(r + 3));
+    for (; r < count; ++r) total += row(r);
     return total.value();
 }
 
-// out[d] = partials[0][d] + partials[1][d] + ..., in that order.
+// out[d] = partials[0][d] + partials[1][d] + ..., in an order that depends only on the count.
 template <class T>
 inline void add_rows(acc_t<T>* out, const acc_t<T>* partials, int64_t count, int64_t stride,
                      int64_t width) {

@@ -28,6 +28,11 @@ struct accumulator<double> {
 };
 using A = accumulator<T>::type;  // dtype of arithmetic, sums and statistics
 
+// Values need not average out: the error of a plain sum of n equal terms is up to n / 4 roundings.
+// At most about RUN terms are therefore added one after another in A; sums that may be longer add
+// the sums of such runs in double.
+constexpr int RUN = 16;
+
 // An address in global memory, accessed only by load() and store(). 0 means that there is no
 // tensor.
 template <typename E>
@@ -194,6 +199,48 @@ DEVICE A sum_lanes(A v, int step = 1) {
 #pragma unroll
     for (int d = count / 2; d > 0; d /= 2) v += shuffle_xor(v, d * step);
     return v;
+}
+
+// A sum of terms that fold() divides into runs; without LONG a plain sum.
+template <bool LONG>
+struct Sum {
+    A run = 0;
+    double total = 0;
+    DEVICE void fold() {
+        if (LONG) total += run, run = 0;
+    }
+    DEVICE A value() const { return LONG ? (A)(total + run) : run; }
+};
+
+// The same for sums of columns: fold() ends a run, finish() leaves the sums in `run`.
+template <int M, int N>
+DEVICE void fold(A (&run)[M][N], double (&total)[M][N]) {
+#pragma unroll
+    for (int i = 0; i < M; ++i)
+#pragma unroll
+        for (int j = 0; j < N; ++j) total[i][j] += run[i][j], run[i][j] = 0;
+}
+template <int M, int N>
+DEVICE void finish(A (&run)[M][N], double (&total)[M][N]) {
+    fold(run, total);
+#pragma unroll
+    for (int i = 0; i < M; ++i)
+#pragma unroll
+        for (int j = 0; j < N; ++j) run[i][j] = (A)total[i][j];
+}
+
+// Add `count` values that are `step` elements apart; the loads of a run are in flight at once.
+DEVICE A sum_strided(global<A> from, i64 count, i64 step) {
+    double total = 0;
+    for (; count > 0; count -= RUN, from = from + RUN * step) {
+        A values[RUN], run = 0;
+#pragma unroll
+        for (int k = 0; k < RUN; ++k) values[k] = k < count ? load_one(from + k * step) : 0;
+#pragma unroll
+        for (int k = 0; k < RUN; ++k) run += values[k];
+        total += run;
+    }
+    return (A)total;
 }
 
 // The approximation is enough for 16-bit rows, which round away the last bits of a float32.

@@ -63,7 +63,7 @@ KERNEL(cluster_fwd, Args, THREADS, THREADS > 256 ? 1 : ITEMS == 1 && !WEIGHT ? 3
         for (int j = 0; j < VEC; ++j) {
             jf[i][j] *= per_token;
             jx[i][j] = args.input_jx ? input_jx[i][j] : jx[i][j] * per_token;
-            shift[i][j] = shift_of(alpha[i][j], beta[i][j], jx[i][j], jf[i][j]);
+            shift[i][j] = alpha[i][j] * (jf[i][j] - jx[i][j]);
         }
     // Compute z of one vector of a row.
     auto merge = [&](int row, int i, A(&z)[VEC]) {
@@ -71,7 +71,8 @@ KERNEL(cluster_fwd, Args, THREADS, THREADS > 256 ? 1 : ITEMS == 1 && !WEIGHT ? 3
         read(xs, layout.slice, row, i, z);
         read(fs, layout.slice, row, i, f);
 #pragma unroll
-        for (int j = 0; j < VEC; ++j) z[j] += beta[i][j] * f[j] + shift[i][j];
+        for (int j = 0; j < VEC; ++j)
+            z[j] = z[j] + shift[i][j] + beta[i][j] * (f[j] - jf[i][j]);
     };
     for (int first = 0; first < tile.rows; first += GROUPS) {
         int row = first + group();
@@ -151,17 +152,19 @@ KERNEL(cluster_bwd, Args, THREADS, THREADS > 256 ? 1 : 2) {
     load_staged(jf, columns, layout.slice, 3);
     if (WEIGHT) load_staged(weight, columns, layout.slice, 4);
 
-    // Compute g (before the weight), n and f of one vector of a row.
+    // Compute g (before the weight), n and f - jf of one vector of a row.
     auto gradient = [&](int row, int i, A(&g)[VEC], A(&n)[VEC], A(&f)[VEC]) {
         read(dys, layout.slice, row, i, g);
         read(saved, layout.slice, row, i, n);
         read(fs, layout.slice, row, i, f);
+#pragma unroll
+        for (int j = 0; j < VEC; ++j) f[j] -= jf[i][j];
         if (!WEIGHT) return;
         A rstd = rstds[row];
 #pragma unroll
         for (int j = 0; j < VEC; ++j) {
-            A shift = shift_of(alpha[i][j], beta[i][j], jx[i][j], jf[i][j]);
-            n[j] = (n[j] + beta[i][j] * f[j] + shift) * rstd;
+            A shift = alpha[i][j] * (jf[i][j] - jx[i][j]);
+            n[j] = (n[j] + shift + beta[i][j] * f[j]) * rstd;
         }
     };
     A sum_dz[ITEMS][VEC] = {}, sum_dzf[ITEMS][VEC] = {}, sum_dyn[ITEMS][VEC] = {};
@@ -209,7 +212,7 @@ KERNEL(cluster_bwd, Args, THREADS, THREADS > 256 ? 1 : 2) {
 #pragma unroll
             for (int j = 0; j < VEC; ++j) {
                 sum_dz[i][j] += dz[j];
-                sum_dzf[i][j] += dz[j] * (f[j] - jf[i][j]);
+                sum_dzf[i][j] += dz[j] * f[j];
             }
         }
     sum_columns(sum_dz, columns, layout.slice);
@@ -220,14 +223,13 @@ KERNEL(cluster_bwd, Args, THREADS, THREADS > 256 ? 1 : 2) {
     global<A> partial = args.partials + tile.unit * args.D;
     write_columns(partial + plane, tile, sum_dzf);
     if (WEIGHT) write_columns(partial + 2 * plane, tile, sum_dyn);
-    A to_dx[ITEMS][VEC], to_df[ITEMS][VEC];
+    A jdz[ITEMS][VEC];
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i)
 #pragma unroll
         for (int j = 0; j < VEC; ++j) {
-            A jdz = sum_dz[i][j] * per_token;
-            to_dx[i][j] = -alpha[i][j] * jdz;
-            to_df[i][j] = (alpha[i][j] - beta[i][j]) * jdz;
+            jdz[i][j] = sum_dz[i][j] * per_token;
+            alpha[i][j] *= jdz[i][j];
             sum_dz[i][j] *= jf[i][j] - jx[i][j];  // the segment's part of dalpha
         }
     write_columns(partial, tile, sum_dz);
@@ -240,8 +242,8 @@ KERNEL(cluster_bwd, Args, THREADS, THREADS > 256 ? 1 : 2) {
             dz_of(row, i, dz, f);
 #pragma unroll
             for (int j = 0; j < VEC; ++j) {
-                dx[j] = dz[j] + to_dx[i][j];
-                f[j] = beta[i][j] * dz[j] + to_df[i][j];
+                dx[j] = dz[j] - alpha[i][j];
+                f[j] = beta[i][j] * (dz[j] - jdz[i][j]) + alpha[i][j];  // df
             }
             i64 to = tile.row_offset(row, args.D) + column(i);
             store(args.y + to, narrow<T>(dx));

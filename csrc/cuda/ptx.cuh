@@ -83,12 +83,13 @@ DEVICE float mov_f32(u32 bits) { return __uint_as_float(bits); }
 DEVICE u32 mov_b32(float v) { return __float_as_uint(v); }
 DEVICE double mov_f64(u64 bits) { return __longlong_as_double(bits); }
 DEVICE u64 mov_b64(double v) { return __double_as_longlong(v); }
-DEVICE float ex2_approx_f32(float v) {  // 2 ulp
+// .ftz: subnormal inputs count as zero, and subnormal results become zero.
+DEVICE float ex2_approx_ftz_f32(float v) {  // 2 ulp
     float p;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(p) : "f"(v));
     return p;
 }
-DEVICE float rcp_approx_f32(float v) {  // 1 ulp
+DEVICE float rcp_approx_ftz_f32(float v) {  // 1 ulp
     float r;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
     return r;
@@ -97,7 +98,7 @@ DEVICE float exp_f32(float v) { return expf(v); }
 DEVICE double exp_f64(double v) { return exp(v); }
 DEVICE float rsqrt_approx_f32(float v) {  // 2 ulp
     float r;
-    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    asm("rsqrt.approx.f32 %0, %1;" : "=f"(r) : "f"(v));
     return r;
 }
 DEVICE float rsqrt_rn_f32(float v) { return __frsqrt_rn(v); }

@@ -36,8 +36,8 @@ KERNEL(residual_fwd, Args, THREADS, RESIDENT) {
     if (SCALE) stage(args.scale, scale, D);
     if (WEIGHT) stage(args.weight, weight, D);
     barrier_sync();
-    ForwardOperands operands = {args.x,  args.f, args.y,         args.rstd, scale,
-                                nullptr, weight, shared.scratch, D,         (A)args.eps};
+    ForwardOperands operands = {args.x,  args.f,  args.y, args.rstd,      scale,
+                                nullptr, nullptr, weight, shared.scratch, D, (A)args.eps};
     A unused[ITEMS][VEC];
     forward_rows<false>(operands, first_row(args), end_row(args), unused);
 }
@@ -50,8 +50,8 @@ KERNEL(residual_bwd, Args, THREADS, RESIDENT) {
     if (SCALE) stage(args.scale, scale, D);
     if (WEIGHT) stage(args.weight, weight, D);
     barrier_sync();
-    BackwardOperands operands = {args.dy, args.x, args.f,         args.rstd, scale,
-                                 nullptr, weight, shared.scratch, D};
+    BackwardOperands operands = {args.dy, args.x,  args.f, args.rstd,      scale,
+                                 nullptr, nullptr, weight, shared.scratch, D};
     A dscale[ITEMS][VEC] = {}, dweight[ITEMS][VEC] = {};
     i64 end = end_row(args);
     for (i64 first = first_row(args); first < end; first += GROUPS) {

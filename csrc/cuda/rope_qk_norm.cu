@@ -22,7 +22,9 @@
 // elements): 16 bytes of bf16 each. The rotation needs no exchange between threads, the norm
 // log2(LANES) shuffles. With a weight a block loops over `tokens_per_block` tokens and leaves one
 // row of partial sums of dw (shared memory: warps * D * sizeof(A)), which sum_rows adds.
-// Preconditions: VEC divides D / 2 and each stride; VEC = 1 if D is odd; aligned pointers.
+// Preconditions: VEC divides D / 2 and each stride; VEC = 1 if D is odd; aligned pointers. That
+// includes the tables unless GATHER is set, which reads them element by element: any float dtype,
+// and any distance from one pair to the next.
 // Deterministic: tokens and heads of a block and partial rows are added in a fixed order.
 #include <common.cuh>
 #include <sum_rows.cuh>
@@ -36,6 +38,8 @@
 #define NORM_FIRST 0
 #define INTERLEAVED 0
 #define WEIGHT 0
+#define GATHER 0
+#define LONG 0  // a thread adds more than 2 RUN terms to each sum of dw
 #endif
 constexpr int THREADS = 128;
 constexpr int GROUPS = THREADS / LANES;  // tokens that a block processes at the same time
@@ -50,10 +54,17 @@ struct Side {
     i64 dy_sample, dy_token, dy_head;
 };
 
+enum { FLOAT32, BFLOAT16, FLOAT16, FLOAT64 };  // values of Table::dtype
+
+struct Table {
+    u64 address;  // of (samples, tokens, D / 2)
+    i64 dtype;    // without GATHER float32 or T
+    i64 sample, token, pair;  // strides; 0 for a dimension with the same angles everywhere
+};
+
 struct Args {
     Side q, k;
-    Parameter cos, sin;  // (tokens, D / 2)
-    i64 table_sample, table_token;
+    Table cos, sin;
     i64 tokens_per_sample, tokens, D, tokens_per_block;
     double eps;
     i64 conjugate;  // 1: rotate by -theta
@@ -151,16 +162,32 @@ DEVICE Token token_at(const Args& args, i64 n, i64 end) {
     return {n, n / args.tokens_per_sample, n % args.tokens_per_sample, n < end};
 }
 
+DEVICE A gather(const Table& table, i64 index) {
+    if (table.dtype == FLOAT64) return (A)load_one(global<double>{table.address} + index);
+    if (table.dtype == FLOAT32) return (A)load_one(global<float>{table.address} + index);
+    u16 bits = ld_global_nc_b16((global<float16>{table.address} + index).address);
+    return table.dtype == FLOAT16 ? cvt_f32_f16(bits) : mov_f32((u32)bits << 16);
+}
+
+DEVICE void load_table(const Table& table, const Token& token, int pair, bool live, A (&out)[VEC]) {
+    i64 row = token.sample * table.sample + token.t * table.token;
+    if (!GATHER) {
+        load_parameter<VEC>({table.address, table.dtype}, row + pair, live, out);
+        return;
+    }
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) out[j] = live ? gather(table, row + (pair + j) * table.pair) : 0;
+}
+
 // Load cos into `first` and sin, negated if `conjugate`, into `second`.
 DEVICE void load_angles(const Args& args, const Token& token, Pairs& angles) {
     if (!ROTATE) return;
     A sign = args.conjugate ? -1 : 1;
-    i64 row = token.sample * args.table_sample + token.t * args.table_token;
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
         bool live = token.live && has_pair(args, pair_of(i));
-        load_parameter<VEC>(args.cos, row + pair_of(i), live, angles.first[i]);
-        load_parameter<VEC>(args.sin, row + pair_of(i), live, angles.second[i]);
+        load_table(args.cos, token, pair_of(i), live, angles.first[i]);
+        load_table(args.sin, token, pair_of(i), live, angles.second[i]);
 #pragma unroll
         for (int j = 0; j < VEC; ++j) angles.second[i][j] *= sign;
     }
@@ -203,13 +230,15 @@ DEVICE void multiply(Pairs& p, const Pairs& factors) {
 
 // Return the sum of a * b over the head, on each of its lanes.
 DEVICE A inner_product(const Pairs& a, const Pairs& b) {
-    A sum = 0;
+    Sum<(2 * ITEMS * VEC > 2 * RUN)> sum;
 #pragma unroll
-    for (int i = 0; i < ITEMS; ++i)
+    for (int i = 0; i < ITEMS; ++i) {
 #pragma unroll
         for (int j = 0; j < VEC; ++j)
-            sum += a.first[i][j] * b.first[i][j] + a.second[i][j] * b.second[i][j];
-    return sum_lanes<LANES>(sum);
+            sum.run += a.first[i][j] * b.first[i][j] + a.second[i][j] * b.second[i][j];
+        sum.fold();
+    }
+    return sum_lanes<LANES>(sum.value());
 }
 
 template <bool WEIGHTED>
@@ -251,9 +280,17 @@ DEVICE void forward(const Args& args, const Side& side, const Token& token, cons
     }
 }
 
+// Sums of dw: of a run, and if LONG of the runs before it.
+struct WeightSums {
+    Pairs run;
+    double first[ITEMS][VEC], second[ITEMS][VEC];
+    DEVICE void fold() { ::fold(run.first, first), ::fold(run.second, second); }
+    DEVICE void finish() { ::finish(run.first, first), ::finish(run.second, second); }
+};
+
 template <bool WEIGHTED>
 DEVICE void backward(const Args& args, const Side& side, const Token& token, const Pairs& angles,
-                     Pairs& dweight) {
+                     WeightSums& dweight) {
     constexpr int BATCH = 2;
     Pairs weight;
     if (WEIGHTED) load_weight(args, side.weight, weight);
@@ -290,8 +327,8 @@ DEVICE void backward(const Args& args, const Side& side, const Token& token, con
                 for (int i = 0; i < ITEMS; ++i)
 #pragma unroll
                     for (int j = 0; j < VEC; ++j) {  // zero if there is no such head
-                        dweight.first[i][j] += g.first[i][j] * n.first[i][j];
-                        dweight.second[i][j] += g.second[i][j] * n.second[i][j];
+                        dweight.run.first[i][j] += g.first[i][j] * n.first[i][j];
+                        dweight.run.second[i][j] += g.second[i][j] * n.second[i][j];
                     }
                 multiply(g, weight);
             }
@@ -306,11 +343,15 @@ DEVICE void backward(const Args& args, const Side& side, const Token& token, con
             if (!NORM_FIRST) rotate<-1>(angles, g);
             store_pairs(args, dx + h * args.D, token.live && h < heads, g);
         }
+        if (WEIGHTED && LONG && (first % RUN == RUN - BATCH || first + BATCH >= heads))
+            dweight.fold();
     }
 }
 
 // Store the sum of dw over the tokens and heads of this block, one partial row.
-DEVICE void store_dweight(const Args& args, const Side& side, const Pairs& dweight) {
+DEVICE void store_dweight(const Args& args, const Side& side, WeightSums& sums) {
+    if (LONG) sums.finish();
+    const Pairs& dweight = sums.run;
     A* parts = (A*)dynamic_shared();  // [warps][D]
     int D = (int)args.D, warp = tid() / 32;
     barrier_sync();
@@ -359,7 +400,7 @@ KERNEL(heads_bwd, Args, THREADS, WEIGHT ? 3 : 4) {
     i64 begin = (i64)ctaid() * args.tokens_per_block;
     i64 end = begin + args.tokens_per_block;
     end = end < args.tokens ? end : args.tokens;
-    Pairs dq_weight = {}, dk_weight = {};
+    WeightSums dq_weight = {}, dk_weight = {};
     for (i64 first = begin; first < end; first += GROUPS) {
         Token token = token_at(args, first + tid() / LANES, end);
         Pairs angles;

@@ -34,6 +34,7 @@ constexpr int SM_THREADS = BACKWARD      ? (WEIGHT ? 384 : 512)
 constexpr int RESIDENT = THREADS < SM_THREADS ? SM_THREADS / THREADS : 1;
 constexpr int GROUPS = THREADS / LANES;  // rows that a block processes at the same time
 constexpr int WARPS = THREADS / 32;
+constexpr bool WIDE = ITEMS * VEC > 2 * RUN;  // many elements of a row per thread
 
 DEVICE int lane() { return tid() % LANES; }
 DEVICE int group() { return tid() / LANES; }
@@ -99,25 +100,31 @@ DEVICE A sum_row(A v, A* scratch, int& turn) {
     return sum;
 }
 
-// Compute one vector of z = x + scale * f + shift; a null `shift` is 0.
-DEVICE void merge(const Row& x, const Row& f, const A* scale, const A* shift, int item, int D,
-                  A (&z)[VEC]) {
-    A branch[VEC], s[VEC], more[VEC];
+// The means of f in a segment: in shared memory, or where that has no space in global memory.
+DEVICE void read(global<A> from, int item, int D, A (&out)[VEC]) {
+    widen<A, VEC>(load<VEC>(from + (column(item) < D ? column(item) : 0)), out);
+}
+
+// Compute one vector of z = x + scale * (f - centre) + shift; `shift` is null if both are 0.
+template <typename Means>
+DEVICE void merge(const Row& x, const Row& f, const A* scale, Means centre, const A* shift,
+                  int item, int D, A (&z)[VEC]) {
+    A branch[VEC], s[VEC], means[VEC], more[VEC];
     widen<T, VEC>(x.vectors[item], z);
     widen<T, VEC>(f.vectors[item], branch);
     if (SCALE) read(scale, item, D, s);
-    if (shift) read(shift, item, D, more);
+    if (shift) read(centre, item, D, means), read(shift, item, D, more);
 #pragma unroll
     for (int j = 0; j < VEC; ++j) {
+        if (shift) branch[j] -= means[j], z[j] += more[j];
         z[j] += SCALE ? s[j] * branch[j] : branch[j];
-        if (shift) z[j] += more[j];
     }
 }
 
 struct ForwardOperands {
     global<T> x, f, y;
     global<A> rstd;
-    A *scale, *shift, *weight, *scratch;  // in shared memory
+    A *scale, *centre, *shift, *weight, *scratch;  // in shared memory
     int D;
     A eps;
 };
@@ -133,15 +140,18 @@ DEVICE void forward_rows(const ForwardOperands& operands, i64 begin, i64 end,
         Row x, f;
         load_row(operands.x + r * D, live, D, x);
         load_row(operands.f + r * D, live, D, f);
-        A z[ITEMS][VEC], squares = 0;
+        A z[ITEMS][VEC];
+        Sum<WIDE> squares;
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
-            merge(x, f, operands.scale, operands.shift, i, D, z[i]);
+            merge(x, f, operands.scale, operands.centre, operands.shift, i, D, z[i]);
             bool inside = column(i) < D;
 #pragma unroll
-            for (int j = 0; j < VEC; ++j) squares += inside ? z[i][j] * z[i][j] : 0;
+            for (int j = 0; j < VEC; ++j) squares.run += inside ? z[i][j] * z[i][j] : 0;
+            squares.fold();
         }
-        A rstd = reciprocal_root(sum_row(squares, operands.scratch, turn) / D + operands.eps);
+        A mean = sum_row(squares.value(), operands.scratch, turn) / D;
+        A rstd = reciprocal_root(mean + operands.eps);
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
             A w[VEC];
@@ -163,7 +173,7 @@ DEVICE void forward_rows(const ForwardOperands& operands, i64 begin, i64 end,
 struct BackwardOperands {
     global<T> dy, x, f;  // x: the saved tensor, x or y
     global<A> rstd;
-    A *scale, *shift, *weight, *scratch;  // in shared memory
+    A *scale, *centre, *shift, *weight, *scratch;  // in shared memory
     int D;
 };
 
@@ -176,12 +186,13 @@ DEVICE A backward_row(const BackwardOperands& operands, i64 r, bool live, int& t
     load_row(operands.x + r * D, live, D, x);
     if (BRANCH || SCALE) load_row(operands.f + r * D, live, D, f);
     A rstd = live ? load_one(operands.rstd + r) : 0;
-    A n[ITEMS][VEC], product = 0;
+    A n[ITEMS][VEC];
+    Sum<WIDE> product;
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
         widen<T, VEC>(dy.vectors[i], dz[i]);
         if (BRANCH)
-            merge(x, f, operands.scale, operands.shift, i, D, n[i]);
+            merge(x, f, operands.scale, operands.centre, operands.shift, i, D, n[i]);
         else
             widen<T, VEC>(x.vectors[i], n[i]);
         A w[VEC];
@@ -193,10 +204,11 @@ DEVICE A backward_row(const BackwardOperands& operands, i64 r, bool live, int& t
                 dweight[i][j] += dz[i][j] * n[i][j];
                 dz[i][j] *= w[j];
             }
-            product += dz[i][j] * n[i][j];  // dy is zero beyond the end of the row
+            product.run += dz[i][j] * n[i][j];  // dy is zero beyond the end of the row
         }
+        product.fold();
     }
-    A mean = sum_row(product, operands.scratch, turn) / D;
+    A mean = sum_row(product.value(), operands.scratch, turn) / D;
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i)
 #pragma unroll

@@ -22,11 +22,8 @@ KERNEL(sum_rows, SumArgs, SUM_THREADS, 4) {
     bool live = d < args.width;
     global<A> from = args.partials + output * args.rows * args.width + d;
     A total = 0;
-    if (live) {
-#pragma unroll 16
-        for (i64 row = group; row < args.rows; row += SUM_ROWS)
-            total += load_one(from + row * args.width);
-    }
+    i64 count = ceil_div<i64>(args.rows - group, SUM_ROWS);
+    if (live) total = sum_strided(from + group * args.width, count, SUM_ROWS * args.width);
     A* parts = (A*)dynamic_shared();
     parts[tid()] = total;
     barrier_sync();
