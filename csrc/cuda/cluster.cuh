@@ -214,6 +214,20 @@ DEVICE void write_columns(global<A> to, const Tile& tile, const A (&values)[ITEM
         if (column(i) < tile.width) store(to + tile.column0 + column(i), narrow<A>(values[i]));
 }
 
+// Add one vector of `count` rows as a tree, whose sum of equal rows is exact.
+template <int count>
+DEVICE void sum_warps(const A* rows, int slice, A (&sum)[VEC]) {
+    if constexpr (count == 1) {
+        widen<A, VEC>(load_shared<VEC>(rows), sum);
+    } else {
+        A more[VEC];
+        sum_warps<count / 2>(rows, slice, sum);
+        sum_warps<count / 2>(rows + count / 2 * slice, slice, more);
+#pragma unroll
+        for (int j = 0; j < VEC; ++j) sum[j] += more[j];
+    }
+}
+
 // Replace the column sums of each thread by those of the block, added in a fixed order.
 DEVICE void sum_columns(A (&sums)[ITEMS][VEC], A* columns, int slice) {
     int warp = tid() / 32;
@@ -229,14 +243,7 @@ DEVICE void sum_columns(A (&sums)[ITEMS][VEC], A* columns, int slice) {
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
         if (column(i) >= slice) continue;
-        widen<A, VEC>(load_shared<VEC>(columns + column(i)), sums[i]);
-#pragma unroll
-        for (int w = 1; w < WARPS; ++w) {
-            A more[VEC];
-            widen<A, VEC>(load_shared<VEC>(columns + w * slice + column(i)), more);
-#pragma unroll
-            for (int j = 0; j < VEC; ++j) sums[i][j] += more[j];
-        }
+        sum_warps<WARPS>(columns + column(i), slice, sums[i]);
     }
 }
 

@@ -201,15 +201,15 @@ DEVICE A sum_lanes(A v, int step = 1) {
     return v;
 }
 
-// A sum of terms that fold() divides into runs; without LONG a plain sum.
-template <bool LONG>
+// A sum of terms that fold() divides into runs; without RUNS a plain sum.
+template <bool RUNS>
 struct Sum {
     A run = 0;
     double total = 0;
     DEVICE void fold() {
-        if (LONG) total += run, run = 0;
+        if (RUNS) total += run, run = 0;
     }
-    DEVICE A value() const { return LONG ? (A)(total + run) : run; }
+    DEVICE A value() const { return RUNS ? (A)(total + run) : run; }
 };
 
 // The same for sums of columns: fold() ends a run, finish() leaves the sums in `run`.

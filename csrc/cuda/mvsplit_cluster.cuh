@@ -17,8 +17,11 @@
 #pragma once
 #include <cluster.cuh>
 
+// Whether a thread has added RUN rows, the last of which is `row` or in the round from `row` on.
+DEVICE bool is_end_of_run(int row) { return row / GROUPS % RUN == RUN - 1; }
+
 #if !BACKWARD
-KERNEL(cluster_fwd, Args, THREADS, THREADS > 256 ? 1 : ITEMS == 1 && !WEIGHT ? 3 : 2) {
+KERNEL(cluster_fwd, Args, THREADS, THREADS > 256 || LONG ? 1 : ITEMS == 1 && !WEIGHT ? 3 : 2) {
     Tile tile(args);
     Layout layout(args);
     global<T> tensors[2] = {args.x, args.f};
@@ -39,6 +42,7 @@ KERNEL(cluster_fwd, Args, THREADS, THREADS > 256 ? 1 : ITEMS == 1 && !WEIGHT ? 3
     if (args.input_jx) load_staged(input_jx, columns, layout.slice, 3);
 
     A jx[ITEMS][VEC] = {}, jf[ITEMS][VEC] = {};
+    double total_jx[ITEMS][VEC] = {}, total_jf[ITEMS][VEC] = {};
     Arrivals arrivals(tile, layout);
     for (int first = 0; first < tile.rows; first += GROUPS) {
         int row = first + group();
@@ -52,7 +56,9 @@ KERNEL(cluster_fwd, Args, THREADS, THREADS > 256 ? 1 : ITEMS == 1 && !WEIGHT ? 3
 #pragma unroll
             for (int j = 0; j < VEC; ++j) jx[i][j] += x[j], jf[i][j] += f[j];
         }
+        if (LONG && is_end_of_run(first)) fold(jx, total_jx), fold(jf, total_jf);
     }
+    if (LONG) finish(jx, total_jx), finish(jf, total_jf);
     sum_columns(jf, columns, layout.slice);
     if (!args.input_jx) sum_columns(jx, columns, layout.slice);
 
@@ -71,8 +77,7 @@ KERNEL(cluster_fwd, Args, THREADS, THREADS > 256 ? 1 : ITEMS == 1 && !WEIGHT ? 3
         read(xs, layout.slice, row, i, z);
         read(fs, layout.slice, row, i, f);
 #pragma unroll
-        for (int j = 0; j < VEC; ++j)
-            z[j] = z[j] + shift[i][j] + beta[i][j] * (f[j] - jf[i][j]);
+        for (int j = 0; j < VEC; ++j) z[j] = z[j] + shift[i][j] + beta[i][j] * (f[j] - jf[i][j]);
     };
     for (int first = 0; first < tile.rows; first += GROUPS) {
         int row = first + group();
@@ -100,6 +105,7 @@ KERNEL(cluster_fwd, Args, THREADS, THREADS > 256 ? 1 : ITEMS == 1 && !WEIGHT ? 3
         if (row < tile.rows) store_one(args.rstd + tile.row0 + row, rstds[row]);
     }
     A jy[ITEMS][VEC] = {};
+    double total_jy[ITEMS][VEC] = {};
     for (int row = group(); row < tile.rows; row += GROUPS) {
         A rstd = rstds[row];
 #pragma unroll
@@ -116,8 +122,10 @@ KERNEL(cluster_fwd, Args, THREADS, THREADS > 256 ? 1 : ITEMS == 1 && !WEIGHT ? 3
 #pragma unroll
             for (int j = 0; j < VEC; ++j) jy[i][j] += z[j];
         }
+        if (CARRY && LONG && is_end_of_run(row)) fold(jy, total_jy);
     }
     if (!CARRY) return;
+    if (LONG) finish(jy, total_jy);
     sum_columns(jy, columns, layout.slice);
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i)
@@ -127,7 +135,7 @@ KERNEL(cluster_fwd, Args, THREADS, THREADS > 256 ? 1 : ITEMS == 1 && !WEIGHT ? 3
 }
 
 #else
-KERNEL(cluster_bwd, Args, THREADS, THREADS > 256 ? 1 : 2) {
+KERNEL(cluster_bwd, Args, THREADS, THREADS > 256 || LONG ? 1 : 2) {
     Tile tile(args);
     Layout layout(args);
     global<T> tensors[3] = {args.dy, args.x, args.f};
@@ -168,6 +176,7 @@ KERNEL(cluster_bwd, Args, THREADS, THREADS > 256 ? 1 : 2) {
         }
     };
     A sum_dz[ITEMS][VEC] = {}, sum_dzf[ITEMS][VEC] = {}, sum_dyn[ITEMS][VEC] = {};
+    double total_dz[ITEMS][VEC] = {}, total_dzf[ITEMS][VEC] = {}, total_dyn[ITEMS][VEC] = {};
     Arrivals arrivals(tile, layout);
     for (int first = 0; first < tile.rows; first += GROUPS) {
         int row = first + group();
@@ -190,7 +199,9 @@ KERNEL(cluster_bwd, Args, THREADS, THREADS > 256 ? 1 : 2) {
         }
         product = sum_lanes<LANES>(product);
         if (lane() == 0 && live) sums[row] = product;
+        if (WEIGHT && LONG && is_end_of_run(first)) fold(sum_dyn, total_dyn);
     }
+    if (WEIGHT && LONG) finish(sum_dyn, total_dyn);
     A per_column = (A)1 / (A)args.D, per_token = (A)1 / tile.Ts;
     reduce_rows(tile, sums, means, [&](A sum) { return sum * per_column; });
 
@@ -203,7 +214,7 @@ KERNEL(cluster_bwd, Args, THREADS, THREADS > 256 ? 1 : 2) {
             dz[j] = rstd * (dz[j] - n[j] * mean);
         }
     };
-    for (int row = group(); row < tile.rows; row += GROUPS)
+    for (int row = group(); row < tile.rows; row += GROUPS) {
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
             if (column(i) >= tile.width) continue;
@@ -215,6 +226,9 @@ KERNEL(cluster_bwd, Args, THREADS, THREADS > 256 ? 1 : 2) {
                 sum_dzf[i][j] += dz[j] * f[j];
             }
         }
+        if (LONG && is_end_of_run(row)) fold(sum_dz, total_dz), fold(sum_dzf, total_dzf);
+    }
+    if (LONG) finish(sum_dz, total_dz), finish(sum_dzf, total_dzf);
     sum_columns(sum_dz, columns, layout.slice);
     sum_columns(sum_dzf, columns, layout.slice);
     if (WEIGHT) sum_columns(sum_dyn, columns, layout.slice);

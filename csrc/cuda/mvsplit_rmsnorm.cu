@@ -24,7 +24,9 @@ struct Segment {
     int begin, end, index, unused;
 };
 
-
+#ifndef LONG
+#define LONG 0  // a thread adds more than RUN rows to the means: they are divided into runs
+#endif
 #if CLUSTER
 #include <mvsplit_cluster.cuh>
 #else

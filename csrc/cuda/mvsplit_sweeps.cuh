@@ -6,7 +6,8 @@
 // Launch: sweep_means has a block per 8 vectors of columns of a segment; sweep_apply, sweep_reduce
 // and sweep_gradients have blocks of at most `share` rows of one segment, `blocks` per sample
 // (rows.cuh); sweep_units has a block per 32 columns of a segment. Shared memory, in A: sweep_means
-// 2 * 256 * VEC, sweep_units 256, the others as in rows.cuh. Preconditions: as in rows.cuh.
+// 2 * 256 * VEC, sweep_units 256, the others as in rows.cuh. Preconditions: as in rows.cuh; LONG if
+// a segment has more than 32 * RUN rows; blocks that sum rows have few (rows_per_block).
 // Deterministic: rows of a block and partial rows are added in a fixed order.
 #pragma once
 #include <rows.cuh>
@@ -50,11 +51,10 @@ DEVICE void stage_vector(global<A> from, A* to, int D) {
 
 DEVICE void stage_shift(const Args& args, i64 unit, A* to, int D) {
     for (int d = tid(); d < D; d += THREADS) {
-        A alpha[1], beta[1];
+        A alpha[1];
         load_parameter<1>(args.alpha, d, true, alpha);
-        load_parameter<1>(args.beta, d, true, beta);
         A jx = load_one(args.jx + unit * D + d), jf = load_one(args.jf + unit * D + d);
-        to[d] = shift_of(alpha[0], beta[0], jx, jf);
+        to[d] = alpha[0] * (jf - jx);
     }
 }
 
@@ -76,9 +76,9 @@ KERNEL(sweep_units, Args, 256, 4) {
     int planes = args.jy ? 1 : WEIGHT ? 3 : 2;
     for (int plane = 0; plane < planes; ++plane) {
         global<A> rows = args.partials + (plane * args.B * args.blocks + first) * args.D + d;
+        i64 first_row = tid() / COLUMNS, own = ceil_div<i64>(count - first_row, ROWS_AT_ONCE);
         A sum = 0;
-        for (i64 r = tid() / COLUMNS; r < count && d < args.D; r += ROWS_AT_ONCE)
-            sum += load_one(rows + r * args.D);
+        if (d < args.D) sum = sum_strided(rows + first_row * args.D, own, ROWS_AT_ONCE * args.D);
         barrier_sync();
         parts[tid()] = sum;
         barrier_sync();
@@ -106,41 +106,51 @@ KERNEL(sweep_means, Args, 256, 3) {
     int column_lane = tid() % COLUMN_LANES, row_group = tid() / COLUMN_LANES;
     i64 d = (ctaid() % slices * COLUMN_LANES + column_lane) * VEC;
     bool live = d < args.D;
-    A sum_x[VEC] = {}, sum_f[VEC] = {};
-    if (live)
+    A sum_x[1][VEC] = {}, sum_f[1][VEC] = {};
+    double total_x[1][VEC] = {}, total_f[1][VEC] = {};
+    int run = LONG ? RUN * ROWS_AT_ONCE : segment.end - segment.begin;
+    for (i64 first = segment.begin; live && first < segment.end; first += run) {
+        i64 end = first + run < segment.end ? first + run : segment.end;
 #pragma unroll 2
-        for (i64 t = segment.begin + row_group; t < segment.end; t += ROWS_AT_ONCE) {
+        for (i64 t = first + row_group; t < end; t += ROWS_AT_ONCE) {
             i64 offset = (b * args.tokens + t) * args.D + d;
             A x[VEC] = {}, f[VEC];
             if (!args.input_jx) widen<T, VEC>(load<VEC>(args.x + offset), x);
             widen<T, VEC>(load<VEC>(args.f + offset), f);
 #pragma unroll
-            for (int j = 0; j < VEC; ++j) sum_x[j] += x[j], sum_f[j] += f[j];
+            for (int j = 0; j < VEC; ++j) sum_x[0][j] += x[j], sum_f[0][j] += f[j];
         }
+        if (LONG) fold(sum_x, total_x), fold(sum_f, total_f);
+    }
+    if (LONG) finish(sum_x, total_x), finish(sum_f, total_f);
     A(*parts)[256][VEC] = (A(*)[256][VEC])dynamic_shared();
 #pragma unroll
-    for (int j = 0; j < VEC; ++j) parts[0][tid()][j] = sum_x[j], parts[1][tid()][j] = sum_f[j];
+    for (int j = 0; j < VEC; ++j)
+        parts[0][tid()][j] = sum_x[0][j], parts[1][tid()][j] = sum_f[0][j];
     barrier_sync();
-    if (row_group || !live) return;
-    for (int g = 1; g < ROWS_AT_ONCE; ++g)
+    // Half of the groups remain after each step: the sum of equal parts is exact.
+    for (int half = ROWS_AT_ONCE / 2; half; half /= 2) {
+        if (row_group < half)
 #pragma unroll
-        for (int j = 0; j < VEC; ++j) {
-            sum_x[j] += parts[0][g * COLUMN_LANES + column_lane][j];
-            sum_f[j] += parts[1][g * COLUMN_LANES + column_lane][j];
-        }
+            for (int j = 0; j < VEC; ++j) {
+                parts[0][tid()][j] += parts[0][tid() + half * COLUMN_LANES][j];
+                parts[1][tid()][j] += parts[1][tid() + half * COLUMN_LANES][j];
+            }
+        barrier_sync();
+    }
+    if (row_group || !live) return;
     i64 offset = (b * args.S + segment.index) * args.D + d;
-    A alpha[VEC], beta[VEC], shift[VEC], Ts = segment.end - segment.begin;
+    A alpha[VEC], jx[VEC], jf[VEC], shift[VEC], Ts = segment.end - segment.begin;
     load_parameter<VEC>(args.alpha, d, true, alpha);
-    load_parameter<VEC>(args.beta, d, true, beta);
-    if (args.input_jx) widen<A, VEC>(load<VEC>(args.input_jx + offset), sum_x);
+    if (args.input_jx) widen<A, VEC>(load<VEC>(args.input_jx + offset), jx);
 #pragma unroll
     for (int j = 0; j < VEC; ++j) {
-        if (!args.input_jx) sum_x[j] /= Ts;
-        sum_f[j] /= Ts;
-        shift[j] = shift_of(alpha[j], beta[j], sum_x[j], sum_f[j]);
+        if (!args.input_jx) jx[j] = parts[0][tid()][j] / Ts;
+        jf[j] = parts[1][tid()][j] / Ts;
+        shift[j] = alpha[j] * (jf[j] - jx[j]);
     }
-    if (!args.input_jx) store(args.jx + offset, narrow<A>(sum_x));
-    store(args.jf + offset, narrow<A>(sum_f));
+    if (!args.input_jx) store(args.jx + offset, narrow<A>(jx));
+    store(args.jf + offset, narrow<A>(jf));
     store(args.shift + offset, narrow<A>(shift));
 }
 
@@ -148,12 +158,14 @@ KERNEL(sweep_apply, Args, THREADS, RESIDENT) {
     int D = (int)args.D;
     Block block = block_at(args);
     Shared shared(D);
-    A *beta = shared.allocate(), *shift = shared.allocate(), *weight = shared.allocate(WEIGHT);
+    A *beta = shared.allocate(), *jf = shared.allocate(), *shift = shared.allocate();
+    A* weight = shared.allocate(WEIGHT);
     stage(args.beta, beta, D);
     if (WEIGHT) stage(args.weight, weight, D);
+    stage_vector(args.jf + block.unit * D, jf, D);
     stage_vector(args.shift + block.unit * D, shift, D);
     barrier_sync();
-    ForwardOperands operands = {args.x, args.f, args.y,         args.rstd, beta,
+    ForwardOperands operands = {args.x, args.f, args.y,         args.rstd, beta,       jf,
                                 shift,  weight, shared.scratch, D,         (A)args.eps};
     A jy[ITEMS][VEC] = {};
     forward_rows<CARRY>(operands, block.begin, block.end, jy);
@@ -172,8 +184,8 @@ KERNEL(sweep_reduce, Args, THREADS, RESIDENT) {
     if (BRANCH) stage_shift(args, block.unit, shift, D);
     if (WEIGHT) stage(args.weight, weight, D);
     barrier_sync();
-    BackwardOperands operands = {args.dy, args.x, args.f,         args.rstd, beta,
-                                 shift,   weight, shared.scratch, D};
+    BackwardOperands operands = {args.dy, args.x, args.f, args.rstd,      beta,
+                                 jf,      shift,  weight, shared.scratch, D};
     A sum_dz[ITEMS][VEC] = {}, sum_dzf[ITEMS][VEC] = {}, dweight[ITEMS][VEC] = {};
     for (i64 first = block.begin; first < block.end; first += GROUPS) {
         i64 r = first + group();
@@ -205,19 +217,17 @@ KERNEL(sweep_gradients, Args, THREADS, RESIDENT) {
     int D = (int)args.D;
     Block block = block_at(args);
     Shared shared(D);
-    A *beta = shared.allocate(), *to_dx = shared.allocate(), *to_df = shared.allocate();
+    A *beta = shared.allocate(), *jdz = shared.allocate(), *mean_part = shared.allocate();
     A *shift = shared.allocate(BRANCH), *weight = shared.allocate(WEIGHT);
     stage(args.beta, beta, D);
-    stage(args.alpha, to_dx, D);
+    stage(args.alpha, mean_part, D);
+    stage_vector(args.jdz + block.unit * D, jdz, D);
     if (WEIGHT) stage(args.weight, weight, D);
     if (BRANCH) stage_shift(args, block.unit, shift, D);
     barrier_sync();
-    for (int d = tid(); d < D; d += THREADS) {
-        A jdz = load_one(args.jdz + block.unit * D + d), alpha = to_dx[d];
-        to_dx[d] = -alpha * jdz;
-        to_df[d] = (alpha - beta[d]) * jdz;
-    }
+    for (int d = tid(); d < D; d += THREADS) mean_part[d] *= jdz[d];  // alpha * jdz
     barrier_sync();
+    global<A> jf = args.jf + block.unit * D;
     for (i64 r = block.begin + group(); r < block.end; r += GROUPS) {
         Row dy, x, f;
         load_row(args.dy + r * D, true, D, dy);
@@ -226,10 +236,10 @@ KERNEL(sweep_gradients, Args, THREADS, RESIDENT) {
         A rstd = load_one(args.rstd + r), mean = load_one(args.mean + r);
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
-            A dz[VEC], n[VEC], b[VEC], add[VEC];
+            A dz[VEC], n[VEC], b[VEC], centre[VEC], add[VEC];
             widen<T, VEC>(dy.vectors[i], dz);
             if (BRANCH)
-                merge(x, f, beta, shift, i, D, n);
+                merge(x, f, beta, jf, shift, i, D, n);
             else
                 widen<T, VEC>(x.vectors[i], n);
             if (WEIGHT) read(weight, i, D, b);
@@ -239,14 +249,14 @@ KERNEL(sweep_gradients, Args, THREADS, RESIDENT) {
                 if (WEIGHT) dz[j] *= b[j];
                 dz[j] = rstd * (dz[j] - n[j] * mean);
             }
-            read(to_dx, i, D, add);
+            read(mean_part, i, D, add);
 #pragma unroll
-            for (int j = 0; j < VEC; ++j) n[j] = dz[j] + add[j];
+            for (int j = 0; j < VEC; ++j) n[j] = dz[j] - add[j];
             store_vector(args.y + r * D, i, true, D, n);
             read(beta, i, D, b);
-            read(to_df, i, D, add);
+            read(jdz, i, D, centre);
 #pragma unroll
-            for (int j = 0; j < VEC; ++j) n[j] = b[j] * dz[j] + add[j];
+            for (int j = 0; j < VEC; ++j) n[j] = b[j] * (dz[j] - centre[j]) + add[j];
             store_vector(args.df + r * D, i, true, D, n);
         }
     }

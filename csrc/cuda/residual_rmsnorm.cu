@@ -36,8 +36,8 @@ KERNEL(residual_fwd, Args, THREADS, RESIDENT) {
     if (SCALE) stage(args.scale, scale, D);
     if (WEIGHT) stage(args.weight, weight, D);
     barrier_sync();
-    ForwardOperands operands = {args.x,  args.f,  args.y, args.rstd,      scale,
-                                nullptr, nullptr, weight, shared.scratch, D, (A)args.eps};
+    ForwardOperands operands = {args.x,  args.f, args.y,         args.rstd, scale,      nullptr,
+                                nullptr, weight, shared.scratch, D,         (A)args.eps};
     A unused[ITEMS][VEC];
     forward_rows<false>(operands, first_row(args), end_row(args), unused);
 }

@@ -57,8 +57,8 @@ struct Side {
 enum { FLOAT32, BFLOAT16, FLOAT16, FLOAT64 };  // values of Table::dtype
 
 struct Table {
-    u64 address;  // of (samples, tokens, D / 2)
-    i64 dtype;    // without GATHER float32 or T
+    u64 address;              // of (samples, tokens, D / 2)
+    i64 dtype;                // without GATHER float32 or T
     i64 sample, token, pair;  // strides; 0 for a dimension with the same angles everywhere
 };
 

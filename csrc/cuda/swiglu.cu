@@ -21,7 +21,7 @@ struct Args {
     global<T> y, dvalue;            // backward writes dgate to y; packed: y and dvalue are the same
     i64 gate_offset, value_offset;  // elements from the beginning of a row, also of the gradients
     i64 gate_stride, value_stride, dy_stride, y_stride;  // of rows; y_stride also of dvalue
-    i64 total, F;                   // vectors of the result, elements of its rows
+    i64 total, F;  // vectors of the result, elements of its rows
 };
 
 struct Sigmoid {
@@ -45,9 +45,7 @@ DEVICE Sigmoid sigmoid(double v) {
     return {s, 1 - s};
 }
 // silu(v); the quotient is more accurate than v * s where s is subnormal.
-DEVICE float silu(float v) {
-    return sizeof(T) == 2 ? v * sigmoid(v).value : v / (1 + exp_f32(-v));
-}
+DEVICE float silu(float v) { return sizeof(T) == 2 ? v * sigmoid(v).value : v / (1 + exp_f32(-v)); }
 DEVICE double silu(double v) { return v / (1 + exp_f64(-v)); }
 
 struct Position {

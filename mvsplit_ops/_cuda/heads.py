@@ -21,15 +21,25 @@ from mvsplit_ops._host import (
     HeadLaunchers,
     HeadModes,
     Tables,
+    TableStrides,
     ceil_div,
     next_power_of_two,
-    prepare_tables,
     require_heads,
+    table_strides,
     to_contiguous,
     to_unit_stride,
 )
 
 HEADS_THREADS = 128  # as in rope_qk_norm.cu
+TABLE_CODES = {  # as in rope_qk_norm.cu
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float64: 3,
+}
+# Most terms that a thread adds to the gradient of a weight one after another; LONG kernels add
+# runs of them in double.
+MOST_TERMS = 32
 
 
 def _forward(
@@ -66,9 +76,7 @@ def _backward(
     dxs = [new_empty(x, x.shape) for x in saved]
     plan = _HeadsPlan(saved, dys, dxs, weights, tables, modes)
     weighted, width = sum(w is not None for w in weights), saved[0].shape[3]
-    share = plan.groups
-    if weighted:
-        share *= max(1, ceil_div(plan.tokens, MOST_PARTIALS * share))
+    share = plan.groups * plan.tokens_per_thread
     partials = new_statistics(saved[0], weighted, ceil_div(plan.tokens, share), width)
     rows = iter(partials)
     dweights = [None if w is None else next(rows) for w in weights]
@@ -120,18 +128,23 @@ class _HeadsPlan:
         B, self.T, _, self.D = x.shape
         self.tokens = B * self.T if self.D else 0
         self.conjugate = modes.conjugate
-        tables, table_strides = prepare_tables(tables, x)
-        self.table_fields: tuple[Argument, ...] = (None, False, None, False, 0, 0)
-        if tables:
-            cos, sin = map(to_parameter_fields, tables)
-            self.table_fields = *cos, *sin, *table_strides
         half = self.D // 2 if self.D % 2 == 0 else 1
         strides = [s for t in (*xs, *dys) for s in t.stride()[:3]]
-        tensors = *xs, *dys, *outs, *weights, *tables
-        width = choose_vector(tensors, half, *strides, *table_strides)
+        tensors = *xs, *dys, *outs, *weights
+        angles = table_strides(tables, x)
+        width, gather = _choose_accesses(tensors, tables, angles, half, strides)
+        self.table_fields: tuple[Argument, ...] = (None, 0, 0, 0, 0) * 2
+        if tables:
+            (cos, sin), code = tables, TABLE_CODES[tables[0].dtype]
+            self.table_fields = cos, code, *angles[0], sin, code, *angles[-1]
         weighted = any(w is not None for w in weights)
-        self.program, self.groups = _lay_out(
-            x.dtype, self.D, width, modes, bool(tables), norm, weighted
+        lanes = min(32, max(4, next_power_of_two(ceil_div(ceil_div(self.D, 2), width))))
+        self.groups, self.tokens_per_thread, long = HEADS_THREADS // lanes, 1, False
+        if weighted and dys:
+            self.tokens_per_thread = max(1, ceil_div(self.tokens, MOST_PARTIALS * self.groups))
+            long = self.tokens_per_thread * max(t.shape[2] for t in xs) > MOST_TERMS
+        self.program = _choose_program(
+            x.dtype, self.D, (width, lanes), modes, (bool(tables), gather), norm, weighted, long
         )
 
     def launch(
@@ -151,29 +164,52 @@ class _HeadsPlan:
         )
 
 
+def _choose_accesses(
+    tensors: Sequence[Tensor | None],
+    tables: Tables,
+    angles: TableStrides,
+    half: int,
+    strides: Sequence[int],
+) -> tuple[int, bool]:
+    """Return the elements of an access, and whether the tables must be read one by one."""
+    if not tables:
+        return choose_vector(tensors, half, *strides), False
+    dtype, table_dtype = tensors[0].dtype, tables[0].dtype  # type: ignore[union-attr]
+    adjacent = half == 1 or all(pair == 1 for _, _, pair in angles)
+    if adjacent and (table_dtype == torch.float32 or table_dtype == dtype):
+        rows = [stride for table in angles for stride in table[:2]]
+        width = choose_vector((*tensors, *tables), half, *strides, *rows)
+        if half % (2 * width) or width * tensors[0].element_size() == 16:  # type: ignore[union-attr]
+            return width, False
+        wider = choose_vector(tensors, half, *strides)
+        return wider, wider > width
+    return choose_vector(tensors, half, *strides), True
+
+
 @functools.lru_cache(maxsize=4096)
-def _lay_out(
+def _choose_program(
     dtype: torch.dtype,
     D: int,
-    width: int,
+    layout: tuple[int, int],
     modes: HeadModes,
-    rotate: bool,
+    rotation: tuple[bool, bool],
     norm: bool,
     weighted: bool,
-) -> tuple[Program, int]:
-    """Return the Program, and the number of tokens that a block works on at once."""
-    pairs = ceil_div(D, 2)
-    lanes = min(32, max(4, next_power_of_two(ceil_div(pairs, width))))
-    program = make_program(
+    long: bool,
+) -> Program:
+    """Return the Program; layout: elements of an access and lanes; rotation: ROTATE and GATHER."""
+    width, lanes = layout
+    return make_program(
         "rope_qk_norm",
         dtype,
         VEC=width,
         LANES=lanes,
-        ITEMS=max(1, ceil_div(pairs, width * lanes)),
-        ROTATE=int(rotate),
+        ITEMS=max(1, ceil_div(ceil_div(D, 2), width * lanes)),
+        ROTATE=int(rotation[0]),
         NORM=int(norm),
         NORM_FIRST=int(modes.norm_first),
         INTERLEAVED=int(modes.interleaved),
         WEIGHT=int(weighted),
+        GATHER=int(rotation[1]),
+        LONG=int(long),
     )
-    return program, HEADS_THREADS // lanes

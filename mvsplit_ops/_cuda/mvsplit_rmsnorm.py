@@ -34,9 +34,11 @@ from mvsplit_ops._host import (
 )
 
 MOST_SEGMENTS = 64  # as in mvsplit_rmsnorm.cu
+MOST_TOKENS = 2**31 - 1  # of a sample: the table of segments has 32-bit integers
+RUN = 16  # as in common.cuh
 MERGE_THREADS = 256  # of a block; twice as many if no second block shares its SM
 BARRIERS = 64  # bytes of mbarriers at the beginning of shared memory
-MEANS_LANES = 8  # of sweep_means, each with a vector of columns
+MEANS_LANES, MEANS_ROWS = 8, 32  # of sweep_means: vectors of columns, and rows at the same time
 # {direction: (tensors that a block holds, blocks that should share an SM)}: while one block loads,
 # another computes and a third stores. The smallest cluster that leaves room for them is chosen,
 # because its blocks have the longest rows. Registers allow as many blocks (80 and 118 of sm_90a at
@@ -147,7 +149,7 @@ def mvsplit_rmsnorm_fwd(
     sweep = *tensors, shift, None, None, partials, None
     columns, values = MEANS_LANES * plan.width, 2 * plan.width
     call.launch_columns("sweep_means", columns, sweep, eps, values)
-    call.launch_rows(plan, "sweep_apply", 2 + call.weighted, sweep, eps, sums=carry)
+    call.launch_rows(plan, "sweep_apply", 3 + call.weighted, sweep, eps, sums=carry)
     if carry:
         call.launch_columns("sweep_units", SUM_COLUMNS, sweep, eps)
     return y, jy, rstd, new_jx, jf
@@ -211,7 +213,8 @@ class _MergeCall:
             self.device, direction, x.dtype, self.segments, self.D, width, self.weighted, carry
         )
         if isinstance(self.plan, Rows):
-            self.share = rows_per_block(direction, self.B * self.T)
+            summed = carry or direction == "backward"
+            self.share = rows_per_block(self.plan, self.B * self.T, summed)
             self.blocks = count_blocks(segments, self.share)
 
     def launch_clusters(
@@ -275,10 +278,10 @@ def _choose_plan(
     carry: bool,
 ) -> tuple[Program, Clusters | Rows]:
     """Return the Program, and Clusters if they fit and can be resident, else Rows."""
-    if len(segments) > MOST_SEGMENTS:
-        raise ValueError(
-            f"mvsplit_rmsnorm: backend 'cuda' takes at most {MOST_SEGMENTS} segments, "
-            f"got {len(segments)}; pass backend='triton'"
+    if len(segments) > MOST_SEGMENTS or sum(segments) > MOST_TOKENS:
+        raise RuntimeError(
+            f"mvsplit_ops: segments must be at most {MOST_SEGMENTS}, of {MOST_TOKENS} tokens in "
+            f"total, got {len(segments)} of {sum(segments)}; pass backend='triton'"
         )
     accumulator = 8 if dtype == torch.float64 else 4
     flags = {"WEIGHT": int(weighted), "CARRY": int(carry)}
@@ -286,13 +289,14 @@ def _choose_plan(
     for plan in list_clusters(direction, max(segments), D, sizes, device.limits, weighted):
         layout = {"VEC": width, "LANES": plan.lanes, "ITEMS": plan.items, "THREADS": plan.threads}
         layout |= {"BACKWARD": int(direction == "backward"), "COPY": plan.copy}
-        program = make_program("mvsplit_rmsnorm", dtype, CLUSTER=1, **layout, **flags)
+        long = max(segments) > RUN * plan.threads // plan.lanes
+        program = make_program("mvsplit_rmsnorm", dtype, CLUSTER=1, **layout, **flags, LONG=int(long))
         kernel = CLUSTER_KERNELS[direction]
         one = Launch(kernel, plan.blocks, plan.threads, plan.blocks, plan.shared)
         if device.holds(program, one):  # a slice of a GPU, or a small one, may not hold 16 blocks
             return program, plan
     rows = lay_out_rows(direction, D, accumulator, width)
-    flags["BRANCH"] = int(weighted)
+    flags |= {"BRANCH": int(weighted), "LONG": int(max(segments) > RUN * MEANS_ROWS)}
     program = make_program("mvsplit_rmsnorm", dtype, CLUSTER=0, **rows.defines, SCALE=1, **flags)
     return program, rows
 

@@ -70,7 +70,8 @@ class _ResidualCall:
         self.N, self.accumulator = B * T, rstd.element_size()
         width = choose_vector((x, *others, scale, weight), self.D)
         self.rows = lay_out_rows(direction, self.D, self.accumulator, width)
-        self.share = rows_per_block(direction, self.N)
+        summed = direction == "backward" and (scale is not None or weight is not None)
+        self.share = rows_per_block(self.rows, self.N, summed)
         self.blocks = ceil_div(self.N, self.share)
         self.program = make_program(
             "residual_rmsnorm",

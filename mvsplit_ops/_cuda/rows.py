@@ -20,6 +20,9 @@ MOST_LANES = 512
 # forward, 4 backward on each of 132 SMs.
 FEWEST_ROWS_PER_BLOCK = 32
 RESIDENT_BLOCKS = {"forward": 396, "backward": 528}
+# Rows that a thread adds one after another, where a block may have more than the fewest rows: the
+# error of a plain sum of equal terms grows with their number.
+MOST_TERMS = 16
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,10 @@ def lay_out_rows(direction: str, D: int, accumulator: int, width: int) -> Rows:
     return Rows(direction, width, lanes, ceil_div(D, lanes * width), max(threads, lanes))
 
 
-def rows_per_block(direction: str, N: int) -> int:
-    return max(FEWEST_ROWS_PER_BLOCK, ceil_div(N, RESIDENT_BLOCKS[direction]))
+def rows_per_block(rows: Rows, N: int, summed: bool) -> int:
+    """Return the most rows of a block, of N in total; `summed`: it stores sums of its rows."""
+    share = max(FEWEST_ROWS_PER_BLOCK, ceil_div(N, RESIDENT_BLOCKS[rows.direction]))
+    return min(share, max(FEWEST_ROWS_PER_BLOCK, MOST_TERMS * rows.groups)) if summed else share
 
 
 def require_shared(op: str, D: int, needed: int, limits: Limits) -> None:

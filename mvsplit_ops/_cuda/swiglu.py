@@ -1,5 +1,7 @@
 """Launchers of csrc/cuda/swiglu.cu."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from mvsplit_ops._cuda.common import choose_vector, make_program, new_empty
@@ -11,34 +13,47 @@ SWIGLU_THREADS, SWIGLU_ITEMS = 256, 2  # as in swiglu.cu
 
 
 def swiglu_fwd(x: Tensor, up: Tensor | None, gate_first: bool) -> Tensor:
-    if up is not None or not gate_first:
-        raise NotImplementedError("swiglu of two tensors")
-    x = to_strided_rows(x)
-    y = new_empty(x, (*x.shape[:-1], x.shape[-1] // 2))
-    _launch("swiglu_fwd", y.numel(), y.shape[-1], x, None, y)
+    F = x.shape[-1] // 2 if up is None else x.shape[-1]
+    inputs = [to_strided_rows(t) for t in ([x] if up is None else [x, up])]
+    y = new_empty(x, (*x.shape[:-1], F))
+    _launch("swiglu_fwd", inputs, None, [y], gate_first, y)
     return y
 
 
 def swiglu_bwd(
     dy: Tensor, x: Tensor, up: Tensor | None, gate_first: bool
 ) -> tuple[Tensor, Tensor]:
-    if up is not None or not gate_first:
-        raise NotImplementedError("swiglu of two tensors")
-    require("dy", dy, (*x.shape[:-1], x.shape[-1] // 2), x.dtype)
-    x, dy = to_strided_rows(x), to_strided_rows(dy)
-    dx = new_empty(x, x.shape)
-    _launch("swiglu_bwd", dy.numel(), dy.shape[-1], x, dy, dx)
-    return dx, new_empty(x, 0)
+    """Return the gradients of x and of up; that of up is empty for a packed x."""
+    F = x.shape[-1] // 2 if up is None else x.shape[-1]
+    require("dy", dy, (*x.shape[:-1], F), x.dtype)
+    if up is not None:
+        require("up", up, x.shape, x.dtype)
+    inputs = [to_strided_rows(t) for t in ([x] if up is None else [x, up])]
+    dy = to_strided_rows(dy)
+    grads = [new_empty(t, t.shape) for t in inputs]
+    _launch("swiglu_bwd", inputs, dy, grads, gate_first, dy)
+    return grads[0], new_empty(x, 0) if up is None else grads[1]
 
 
-def _launch(kernel: str, results: int, F: int, x: Tensor, dy: Tensor | None, out: Tensor) -> None:
-    if results == 0:
+def _launch(
+    kernel: str,
+    inputs: Sequence[Tensor],
+    dy: Tensor | None,
+    outputs: Sequence[Tensor],
+    gate_first: bool,
+    result: Tensor,
+) -> None:
+    """Launch a kernel on one packed input and output, or on two; `result` has the shape of y."""
+    if result.numel() == 0:
         return
-    strides = [0 if t is None else row_stride(t) or 0 for t in (x, dy, out)]
-    width = choose_vector((x, dy, out), F, *strides)
-    total = results // width
-    device_of(x).launch(
-        make_program("swiglu", x.dtype, VEC=width),
+    F = result.shape[-1]
+    offsets = (0, 0) if len(inputs) == 2 else (0, F) if gate_first else (F, 0)
+    gate, value, y, dvalue = inputs[0], inputs[-1], outputs[0], outputs[-1]
+    strides = [0 if t is None else row_stride(t) or 0 for t in (gate, value, dy, y)]
+    width = choose_vector((gate, value, dy, y, dvalue), F, *strides)
+    total = result.numel() // width
+    device_of(gate).launch(
+        make_program("swiglu", gate.dtype, VEC=width),
         Launch(kernel, ceil_div(total, SWIGLU_THREADS * SWIGLU_ITEMS), SWIGLU_THREADS),
-        (x, dy, out, total, F, *strides),
+        (gate, value, dy, y, dvalue, *offsets, *strides, total, F),
     )

@@ -68,7 +68,7 @@ class Emulator:
         engine = _load_engine()
         library = _load_kernels(program, self.limits.architecture, self.folder)
         entry = getattr(library, launch.kernel)
-        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        tensors = list({id(a): a for a in args if isinstance(a, torch.Tensor)}.values())
         if not engine.simt_begin():
             raise Fault("cannot reserve a terabyte of addresses to separate tensors; see ulimit -v")
         addresses = {}
@@ -120,7 +120,7 @@ def _copy(target: int, source: int, t: Tensor) -> None:
     if t.is_contiguous():
         ctypes.memmove(target, source, _span(t))
         return
-    *outer, width = t.shape
+    *outer, width = t.shape if t.stride(-1) == 1 else (*t.shape, 1)
     steps = [s * t.element_size() for s in t.stride()]
     for index in itertools.product(*map(range, outer)):
         offset = sum(i * s for i, s in zip(index, steps, strict=False))

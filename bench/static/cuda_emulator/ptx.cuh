@@ -84,8 +84,10 @@ DEVICE float cvt_f32_f16(u16 bits) {
 }
 DEVICE u32 cvt_rn_bf16x2_f32(float high, float low) { return to_bf16(high) << 16 | to_bf16(low); }
 DEVICE u32 cvt_rn_f16x2_f32(float high, float low) { return to_f16(high) << 16 | to_f16(low); }
-DEVICE float ex2_approx_f32(float v) { return std::exp2(v); }
-DEVICE float rcp_approx_f32(float v) { return 1 / v; }
+// .ftz flushes subnormal inputs and results to zero, with their sign.
+DEVICE float ftz(float v) { return std::fabs(v) < 0x1p-126f ? std::copysign(0.0f, v) : v; }
+DEVICE float ex2_approx_ftz_f32(float v) { return ftz(std::exp2(ftz(v))); }
+DEVICE float rcp_approx_ftz_f32(float v) { return ftz(1 / ftz(v)); }
 DEVICE float exp_f32(float v) { return std::exp(v); }
 DEVICE double exp_f64(double v) { return std::exp(v); }
 DEVICE float rsqrt_approx_f32(float v) { return 1 / std::sqrt(v); }
