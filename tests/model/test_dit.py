@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mvsplit_ops as mv
 from bench.common.accuracy import require_accurate
+from bench.static.traffic import Recorder
 from model.config import RESIDUALS, preset
 from model.data import open_dataset
 from model.nn import flow
@@ -260,6 +261,16 @@ def test_a_compiled_block_gives_the_same_gradients(residual):
         m(z, text).square().mean().backward()
     for a, b in zip(model.parameters(), compiled.parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-5 * a.grad.abs().max().item())
+
+
+def test_recomputed_blocks_run_on_the_backend_of_their_forward():
+    model = make_random_model(small(checkpointing="full"))
+    z, text = torch.randn(2, 3, 16, 16), torch.randn(2, 4, 32)
+    with mv.use_backend("reference"):
+        v = model(z, text)
+    with Recorder() as recorder:
+        v.square().mean().backward()
+    assert not recorder.calls
 
 
 def descend(config, dtype, backend, steps, device):

@@ -1,13 +1,19 @@
 """Which backend runs a call, and the errors of those that cannot."""
 
+import asyncio
+import contextlib
+import itertools
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import threading
+from concurrent import futures
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import mvsplit_ops as mv
 from bench.static import cuda_emulator
@@ -66,6 +72,147 @@ def test_use_backend_nests_and_ends():
     assert backend_of_call(x) == "cpu"
 
 
+def test_blocks_of_use_backend_end_in_any_order():
+    x = torch.randn(4)
+    names = ("reference", "cpu", "reference", "cpu")
+    for order in itertools.permutations(range(4)):
+        blocks = [mv.use_backend(name) for name in names]
+        for block in blocks:
+            block.__enter__()
+        open_blocks = list(range(4))
+        for i in order:
+            assert backend_of_call(x) == mv.get_backend() == names[open_blocks[-1]]
+            blocks[i].__exit__(None, None, None)
+            open_blocks.remove(i)
+        assert mv.get_backend() is None and backend_of_call(x) == "cpu"
+
+
+def test_one_block_can_be_entered_again():
+    block = mv.use_backend("reference")
+    with block, mv.use_backend("cpu"), block:
+        assert mv.get_backend() == "reference"
+    with block:
+        assert mv.get_backend() == "reference"
+    assert mv.get_backend() is None
+
+
+def test_use_backend_decorates_functions_and_generators_keep_theirs():
+    @mv.use_backend("reference")
+    def run(depth=1):
+        return run(depth - 1) if depth else mv.get_backend()
+
+    def generate(name):
+        with mv.use_backend(name):
+            yield mv.get_backend()
+            yield mv.get_backend()
+
+    assert run() == "reference" and mv.get_backend() is None
+    first = generate("cpu")
+    assert next(first) == "cpu"
+    first.close()
+    assert mv.get_backend() is None
+
+
+def test_each_thread_has_its_own_backend():
+    x, start = torch.randn(4), threading.Barrier(3)
+
+    def run(name):
+        with mv.use_backend(name):
+            start.wait()
+            seen = {backend_of_call(x) for _ in range(50)}
+            start.wait()
+        return seen, mv.get_backend()
+
+    with futures.ThreadPoolExecutor(2) as pool, mv.use_backend("triton"):
+        tasks = [pool.submit(run, name) for name in ("reference", "cpu")]
+        start.wait()
+        assert mv.get_backend() == "triton"
+        start.wait()
+        assert [t.result() for t in tasks] == [({"reference"}, None), ({"cpu"}, None)]
+        assert pool.submit(mv.get_backend).result() is None
+
+
+def test_each_asyncio_task_has_its_own_backend():
+    x = torch.randn(4)
+
+    async def run(name, turns):
+        with mv.use_backend(name):
+            seen = set()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+                seen.add(backend_of_call(x))
+            child = await asyncio.create_task(read())
+        return seen, child
+
+    async def read():
+        return mv.get_backend()
+
+    async def run_all():
+        tasks = (run("reference", 3), run("cpu", 7), run("reference", 5), read())
+        return await asyncio.gather(*tasks)
+
+    *tasks, outside = asyncio.run(run_all())
+    assert tasks == [({n}, n) for n in ("reference", "cpu", "reference")]
+    assert outside is None and mv.get_backend() is None
+
+
+def test_a_backward_runs_on_the_backend_of_its_forward_in_another_thread():
+    x = torch.randn(4).requires_grad_()
+    with mv.use_backend("cpu"):
+        y = mv.swiglu(x)
+
+    def backward():
+        with mv.use_backend("triton"), Recorder() as recorder:
+            y.sum().backward()
+        return [args[-1] for _, args, _ in recorder.calls]
+
+    with futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(backward).result() == ["cpu"]
+
+
+def test_a_checkpointed_function_recomputes_on_the_backend_that_decorates_it():
+    x = torch.randn(4).requires_grad_()
+    y = checkpoint(mv.use_backend("reference")(mv.swiglu), x, use_reentrant=False)
+    with Recorder() as recorder:
+        y.sum().backward()
+    assert not recorder.calls
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_use_backend_in_and_around_compiled_code(inside):
+    def run(x):
+        if not inside:
+            return mv.swiglu(x)
+        with mv.use_backend("reference"):
+            y = mv.swiglu(x)
+            with mv.use_backend("cpu"):
+                y = y + mv.swiglu(x)
+        return y + mv.swiglu(x)
+
+    def kernels(graph):
+        calls = (n for n in graph.graph.nodes if "mvsplit" in str(n.target))
+        return [n.args[-1] for n in calls]
+
+    graphs = []
+
+    def remember(graph, inputs):
+        graphs.append(kernels(graph))
+        return graph
+
+    torch.compiler.reset()
+    compiled = torch.compile(run, fullgraph=True, backend=remember)
+    x = torch.randn(4)
+    names = (None, "reference", "cpu", None, "reference")
+    for name in names:
+        with mv.use_backend(name) if name else contextlib.nullcontext():
+            assert torch.allclose(compiled(x), run(x))
+            with futures.ThreadPoolExecutor(1) as pool:
+                assert torch.allclose(pool.submit(compiled, x).result(), run(x))
+    expected = {("cpu", "cpu"), ("cpu",)} if inside else {("cpu",), ()}
+    assert {tuple(g) for g in graphs} == expected
+    assert mv.get_backend() is None
+
+
 def test_the_argument_overrides_use_backend():
     x = torch.randn(4)
     with mv.use_backend("cuda"), cuda_emulator.using(None):
@@ -121,6 +268,7 @@ def test_a_backend_refuses_the_tensors_of_another_device():
 def test_a_device_without_a_default_backend():
     class Elsewhere(torch.Tensor):
         device = torch.device("mps")
+        is_cpu = False
 
     with pytest.raises(RuntimeError, match="no backend is the default on device type 'mps'"):
         _backends.resolve("rope", None, torch.empty(0).as_subclass(Elsewhere))
