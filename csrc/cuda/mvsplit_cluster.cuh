@@ -237,13 +237,13 @@ KERNEL(cluster_bwd, Args, THREADS, THREADS > 256 || LONG ? 1 : 2) {
     global<A> partial = args.partials + tile.unit * args.D;
     write_columns(partial + plane, tile, sum_dzf);
     if (WEIGHT) write_columns(partial + 2 * plane, tile, sum_dyn);
-    A jdz[ITEMS][VEC];
+    A jdz[ITEMS][VEC], to_dx[ITEMS][VEC];  // not in alpha: with a weight, dz_of reads it again
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i)
 #pragma unroll
         for (int j = 0; j < VEC; ++j) {
             jdz[i][j] = sum_dz[i][j] * per_token;
-            alpha[i][j] *= jdz[i][j];
+            to_dx[i][j] = alpha[i][j] * jdz[i][j];
             sum_dz[i][j] *= jf[i][j] - jx[i][j];  // the segment's part of dalpha
         }
     write_columns(partial, tile, sum_dz);
@@ -256,8 +256,8 @@ KERNEL(cluster_bwd, Args, THREADS, THREADS > 256 || LONG ? 1 : 2) {
             dz_of(row, i, dz, f);
 #pragma unroll
             for (int j = 0; j < VEC; ++j) {
-                dx[j] = dz[j] - alpha[i][j];
-                f[j] = beta[i][j] * (dz[j] - jdz[i][j]) + alpha[i][j];  // df
+                dx[j] = dz[j] - to_dx[i][j];
+                f[j] = beta[i][j] * (dz[j] - jdz[i][j]) + to_dx[i][j];  // df
             }
             i64 to = tile.row_offset(row, args.D) + column(i);
             store(args.y + to, narrow<T>(dx));
