@@ -23,9 +23,15 @@ def large(shape, g):
     return (randn(shape, g, shape.B, shape.T, 2 * shape.F, std=30.0),), (), {}
 
 
+def two_tensors(shape, g):
+    return tuple(randn(shape, g, shape.B, shape.T, shape.F) for _ in ("gate", "up")), (), {}
+
+
 class TestSwiglu(OpSuite):
     variants = {
         "packed": variant("swiglu", packed),
+        "value first": variant("swiglu", packed, gate_first=False),
+        "two tensors": variant("swiglu", two_tensors),
         "(B, 2F)": variant("swiglu", one_token_row),
         "(B, 2, T, 2F)": variant("swiglu", four_dimensions),
         "large values": variant("swiglu", large),
@@ -35,6 +41,28 @@ class TestSwiglu(OpSuite):
         x = torch.tensor([1.0, 2.0, 3.0, 5.0])
         want = torch.nn.functional.silu(x[:2]) * x[2:]
         assert torch.allclose(mv.swiglu(x), want)
+
+    def test_every_form_is_the_same_function(self):
+        """Views of one projection, in either order, and separate tensors; nothing is copied."""
+        wide = torch.randn(2, 3, 40)
+        gate, up = wide[..., 4:14], wide[..., 20:30]
+        want = torch.nn.functional.silu(gate.double()) * up.double()
+        dy = torch.randn(2, 3, 10)
+        for form, options in (
+            (lambda g, u: (torch.cat((g, u), -1),), {}),
+            (lambda g, u: (torch.cat((u, g), -1),), {"gate_first": False}),
+            (lambda g, u: (g, u), {}),
+            (lambda g, u: (g, u.contiguous()), {"gate_first": True}),
+            (lambda g, u: (g.mT.contiguous().mT, u.flip(0)[[1, 0]]), {}),
+        ):
+            leaf = wide.clone().requires_grad_()
+            y = mv.swiglu(*form(leaf[..., 4:14], leaf[..., 20:30]), **options)
+            assert y.is_contiguous() and torch.allclose(y.double(), want, rtol=1e-5, atol=1e-6)
+            (gradient,) = torch.autograd.grad(y, leaf, dy)
+            exact = wide.double().requires_grad_()
+            product = torch.nn.functional.silu(exact[..., 4:14]) * exact[..., 20:30]
+            (wanted,) = torch.autograd.grad(product, exact, dy.double())
+            assert torch.allclose(gradient.double(), wanted, rtol=1e-4, atol=1e-6)
 
     def test_saturated_gates(self, capability):
         """For large arguments sigmoid is exactly 0 or 1, and nothing overflows."""
@@ -61,3 +89,14 @@ class TestSwiglu(OpSuite):
             mv.swiglu(torch.tensor(1.0))
         with self.refuses("the first argument must be a tensor, got NoneType"):
             mv.swiglu(None)
+        x = torch.randn(3, 4)
+        with self.refuses("up must be of the shape of x, (3, 4), got (3, 2)"):
+            mv.swiglu(x, x[:, :2])
+        with self.refuses("up must be of the shape of x, (3, 4), got (4,)"):
+            mv.swiglu(x, x[0])
+        with self.refuses("up must be float32 like x, got bfloat16 (3, 4)"):
+            mv.swiglu(x, x.bfloat16())
+        with self.refuses(f"up must be on {x.device}, the device of the first input, got meta"):
+            mv.swiglu(x, x.to("meta"))
+        with self.refuses("gate_first must be True if up is passed: x is the gate, got False"):
+            mv.swiglu(x, x, gate_first=False)
