@@ -13,7 +13,13 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from mvsplit_ops._host import accumulator_dtype, describe, format_dtypes, format_shape
+from mvsplit_ops._host import (
+    MOST_SEGMENTS,
+    accumulator_dtype,
+    describe,
+    format_dtypes,
+    format_shape,
+)
 
 # Activation dtypes by the names that command lines use.
 DTYPES = {
@@ -24,7 +30,6 @@ DTYPES = {
 }
 ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FLOATS = format_dtypes(*ACTIVATIONS, separator=", ")
-MOST_SEGMENTS = 64  # the CUDA kernels take the table of segments as an argument of 1 KB
 
 Condition = bool | torch.SymBool
 

@@ -18,6 +18,8 @@ _T = TypeVar("_T", Tensor, Tensor | None)
 # Most rows of partial sums of a head weight's gradient: several programs or blocks for each of 132
 # SMs, and few rows to add.
 MOST_PARTIALS = 1024
+
+MOST_SEGMENTS = 64  # of a merge: the CUDA kernels take the table of segments as an argument of 1 KB
 TABLE_DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 

@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.overrides import handle_torch_function, has_torch_function
 
-from mvsplit_ops import _backends, _check, _jagged, _vmap
+from mvsplit_ops import _backends, _batching, _check
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -105,12 +105,12 @@ class Op:
                 "position or on other tokens; pad them with torch.nested.to_padded_tensor"
             )
         count = self.activations
-        values = _jagged.to_values(self.name, inputs[:count])
+        values = _batching.to_values(self.name, inputs[:count])
         results = self(*values, *inputs[count:], backend=backend)
         if isinstance(results, Tensor):
-            return _jagged.to_nested(results, inputs[0])
+            return _batching.to_nested(results, inputs[0])
         pairs = zip(results, inputs[:count], strict=True)
-        return tuple(_jagged.to_nested(t, like) for t, like in pairs)
+        return tuple(_batching.to_nested(t, like) for t, like in pairs)
 
 
 def register(op: Op) -> Op:
@@ -136,7 +136,7 @@ def register(op: Op) -> Op:
     _register_autocast(op, fwd)
     for name, schema in ((fwd, op.fwd), (bwd, op.bwd)):
         kernel = getattr(torch.ops.mvsplit, name)
-        rule = _vmap.make_rule(kernel, schema, prepend=op.name == "swiglu")
+        rule = _batching.make_rule(kernel, schema, prepend=op.name == "swiglu")
         torch.library.register_vmap(f"mvsplit::{name}", rule, lib=_LIB)
     return op
 

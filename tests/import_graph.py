@@ -32,8 +32,8 @@ FLOORS = {
     "mvsplit_ops": (
         ("_version", "_host"),
         ("triton_kernels", "_cuda", "_C"),
-        ("_check", "reference", "_backends"),
-        ("_register",),
+        ("_check", "_batching", "reference", "_backends"),
+        ("_register", "_tables"),
         OPERATORS,
         ("modules",),
         ("__init__",),

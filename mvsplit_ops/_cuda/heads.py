@@ -39,7 +39,7 @@ TABLE_CODES = {  # as in rope_qk_norm.cu
 }
 # Most terms that a thread adds to the gradient of a weight one after another; LONG kernels add
 # runs of them in double.
-MOST_TERMS = 32
+MOST_WEIGHT_TERMS = 32
 
 
 def _forward(
@@ -142,7 +142,7 @@ class _HeadsPlan:
         self.groups, self.tokens_per_thread, long = HEADS_THREADS // lanes, 1, False
         if weighted and dys:
             self.tokens_per_thread = max(1, ceil_div(self.tokens, MOST_PARTIALS * self.groups))
-            long = self.tokens_per_thread * max(t.shape[2] for t in xs) > MOST_TERMS
+            long = self.tokens_per_thread * max(t.shape[2] for t in xs) > MOST_WEIGHT_TERMS
         self.program = _choose_program(
             x.dtype, self.D, (width, lanes), modes, (bool(tables), gather), norm, weighted, long
         )

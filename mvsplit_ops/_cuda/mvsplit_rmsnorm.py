@@ -26,6 +26,7 @@ from mvsplit_ops._cuda.device import device_of
 from mvsplit_ops._cuda.launch import Argument, Device, Launch, Limits, Program
 from mvsplit_ops._cuda.rows import Rows, lay_out_rows, require_shared, rows_per_block
 from mvsplit_ops._host import (
+    MOST_SEGMENTS,
     ceil_div,
     count_blocks,
     next_power_of_two,
@@ -33,7 +34,6 @@ from mvsplit_ops._host import (
     to_contiguous,
 )
 
-MOST_SEGMENTS = 64  # as in mvsplit_rmsnorm.cu
 MOST_TOKENS = 2**31 - 1  # of a sample: the table of segments has 32-bit integers
 RUN = 16  # as in common.cuh
 MERGE_THREADS = 256  # of a block; twice as many if no second block shares its SM
@@ -149,7 +149,8 @@ def mvsplit_rmsnorm_fwd(
     sweep = *tensors, shift, None, None, partials, None
     columns, values = MEANS_LANES * plan.width, 2 * plan.width
     call.launch_columns("sweep_means", columns, sweep, eps, values)
-    call.launch_rows(plan, "sweep_apply", 3 + call.weighted, sweep, eps, sums=carry)
+    vectors = 2 + (x.element_size() > 2) + call.weighted
+    call.launch_rows(plan, "sweep_apply", vectors, sweep, eps, sums=carry)
     if carry:
         call.launch_columns("sweep_units", SUM_COLUMNS, sweep, eps)
     return y, jy, rstd, new_jx, jf

@@ -22,7 +22,7 @@ FEWEST_ROWS_PER_BLOCK = 32
 RESIDENT_BLOCKS = {"forward": 396, "backward": 528}
 # Rows that a thread adds one after another, where a block may have more than the fewest rows: the
 # error of a plain sum of equal terms grows with their number.
-MOST_TERMS = 16
+MOST_ROW_TERMS = 16
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def lay_out_rows(direction: str, D: int, accumulator: int, width: int) -> Rows:
 def rows_per_block(rows: Rows, N: int, summed: bool) -> int:
     """Return the most rows of a block, of N in total; `summed`: it stores sums of its rows."""
     share = max(FEWEST_ROWS_PER_BLOCK, ceil_div(N, RESIDENT_BLOCKS[rows.direction]))
-    return min(share, max(FEWEST_ROWS_PER_BLOCK, MOST_TERMS * rows.groups)) if summed else share
+    return min(share, max(FEWEST_ROWS_PER_BLOCK, MOST_ROW_TERMS * rows.groups)) if summed else share
 
 
 def require_shared(op: str, D: int, needed: int, limits: Limits) -> None:

@@ -90,11 +90,11 @@ def run_call(op, activations, constants, weights, options, subset, backend):
     results = results if isinstance(results, tuple) else (results,)
     wanted = [t for t in leaves if t.requires_grad]
     if not wanted:
-        return [t.double() for t in results]
+        return list(results)
     total = sum((t.double() * torch.cos(torch.arange(t.numel())).view_as(t)).sum() for t in results)
     gradients = torch.autograd.grad(total, wanted, allow_unused=True)
     gradients = [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, wanted)]  # noqa: B905
-    return [t.detach().double() for t in (*results, *gradients)]
+    return [t.detach() for t in (*results, *gradients)]
 
 
 @pytest.mark.parametrize("backend", EXAMPLES, indirect=True)
@@ -120,6 +120,7 @@ def test_calls_drawn_at_random_equal_the_definition(backend):
         for a, e in zip(got, exact, strict=True):
             scale = max(e.abs().max().item(), 1.0) if e.numel() else 1.0
             assert a.shape == e.shape
-            assert (a - e).abs().max().item() <= TOLERANCE[dtype] * scale
+            tolerance = max(TOLERANCE[dtype], TOLERANCE[a.dtype])  # a weight may have fewer bits
+            assert (a.double() - e).abs().max().item() <= tolerance * scale
 
     run()

@@ -1,8 +1,4 @@
-"""Batching rules of the kernel ops for torch.func.vmap.
-
-A batch of calls is one call with a larger B, unless a parameter or table differs from call to call
-or the gradient of a parameter is wanted for each call: then the kernel runs once per call.
-"""
+"""Batches of calls (torch.func.vmap) and nested tensors, whose samples have different lengths."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -18,7 +14,10 @@ Outputs = tuple[Any, Any]  # results, and the dimension of each over which it is
 
 
 def make_rule(kernel: Callable[..., Any], schema: str, prepend: bool) -> Callable[..., Outputs]:
-    """Return the batching rule of a kernel op.
+    """Return the batching rule of a kernel op for torch.func.vmap.
+
+    A batch of calls is one call with a larger B, unless a parameter or table differs from call to
+    call or the gradient of a parameter is wanted for each call: then the kernel runs once per call.
 
     schema   as in torch.library; a gradient of a parameter is the sum over the samples
     prepend  whether activations may have further dimensions in front, so that B need not grow
@@ -78,3 +77,32 @@ def _run_one_by_one(
     if isinstance(calls[0], Tensor):
         return torch.stack(calls), 0
     return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), (0,) * len(calls[0])
+
+
+def to_values(op: str, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return the values (1, all rows, ..) of jagged tensors (B, *, ..) with the same samples.
+
+    ValueError: another layout, a dense tensor among them, or samples of other lengths.
+    """
+    first = tensors[0]
+    for t in tensors:
+        if t is None:
+            continue
+        if not t.is_nested or t.layout != torch.jagged or not isinstance(t.shape[1], torch.SymInt):
+            raise ValueError(
+                f"{op}: nested tensors must all have layout torch.jagged and shape (B, *, ..), got "
+                f"{t.layout}; use torch.nested.nested_tensor(.., layout=torch.jagged)"
+            )
+        if t.shape[:2] != first.shape[:2]:
+            raise ValueError(
+                f"{op}: nested tensors must have the same offsets, got shapes "
+                f"{tuple(first.shape)} and {tuple(t.shape)}; "
+                "use torch.nested.nested_tensor_from_jagged(values, offsets) with one `offsets`"
+            )
+    return [None if t is None else t.values().unsqueeze(0) for t in tensors]
+
+
+def to_nested(values: Tensor, like: Tensor) -> Tensor:
+    """Return values (1, all rows, ..) as a nested tensor with the samples of `like`."""
+    offsets, lengths = like.offsets(), like.lengths()  # type: ignore[attr-defined]
+    return torch.nested.nested_tensor_from_jagged(values.squeeze(0), offsets, lengths)
