@@ -54,17 +54,25 @@ def _halve(op: str, arg: str, t: Tensor, interleaved: bool) -> Tensor:
     first, second = reversed(layouts) if interleaved else layouts
     expected = f"{op}: {arg} of width Dh must repeat each angle, in two equal halves or in pairs"
     if _are_values_hidden(t):  # the graph then checks the values, and selects
-        fits = _all_equal(first)
-        torch._assert_async(fits | _all_equal(second), expected)
-        return torch.where(fits, first[0], second[0])
+        torch._assert_async(_all_equal(first) | _all_equal(second), expected)
+        return _select(first, second)
     answers = _answers_about(t)
     view = (*t.shape, *t.stride(), t.storage_offset(), interleaved)
     if view not in answers:
-        answers[view] = bool(_all_equal(first))
-        if not answers[view] and not _all_equal(second):
-            del answers[view]
+        try:
+            fits, other_fits = bool(_all_equal(first)), bool(_all_equal(second))
+        except RuntimeError:  # a tracer, or vmap over tables
+            return _select(first, second)
+        if not (fits or other_fits):
             raise ValueError(f"{expected}; or pass width Dh/2 = {half}")
+        answers[view] = fits
     return first[0] if answers[view] else second[0]
+
+
+def _select(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the angles in the layout that fits; NaN if neither does."""
+    other = torch.where(_all_equal(second), second[0], torch.nan)
+    return torch.where(_all_equal(first), first[0], other)
 
 
 def _all_equal(pair: tuple[Tensor, Tensor]) -> Tensor:

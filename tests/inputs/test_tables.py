@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import mvsplit_ops as mv
 from bench.common.accuracy import require_accurate
@@ -249,3 +250,20 @@ def test_compiled_code_checks_full_width_tables_in_the_graph(interleaved, repeat
     cos[0, 0] += 1
     with pytest.raises(RuntimeError, match="cos of width Dh must repeat"):
         compiled(x, cos, sin)
+
+
+@pytest.mark.parametrize("repeat", [in_halves, in_pairs], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_transforms_over_full_width_tables(repeat, backend):
+    x, angle = torch.randn(3, B, T, H, DH), angles(3, T).float()
+    cos, sin = repeat(angle.cos()), repeat(angle.sin())
+
+    def rotate(x, cos, sin):
+        return mv.rope(x, cos, sin, backend=backend)
+
+    expected = torch.stack([rotate(x[i], angle[i].cos(), angle[i].sin()) for i in range(3)])
+    assert torch.allclose(torch.func.vmap(rotate)(x, cos, sin), expected, atol=1e-6)
+    cos[1, 0, 0] += 1  # vmap cannot raise an error about values
+    assert torch.func.vmap(rotate)(x, cos, sin).isnan()[1].any()
+    traced = make_fx(rotate)(x[0], cos[0], sin[0])
+    assert torch.allclose(traced(x[2], cos[2], sin[2]), expected[2], atol=1e-6)
