@@ -13,9 +13,11 @@ from torch import Tensor
 from mvsplit_ops._check import fail
 from mvsplit_ops._host import describe
 
-# Whether the first layout of _layouts() fits, for each view of each table that was checked:
-# {id of the tensor that owns the memory: (weak reference to it, {(): version, view: answer})}.
-_answers: dict[int, tuple[weakref.ref[Tensor], dict[tuple[object, ...], int]]] = {}
+# The layouts that fit each view of each full-width table that was checked, as (halves, pairs):
+# {id of the tensor that owns the memory: (weak reference to it, its version, {view: answer})}.
+Fits = tuple[bool, bool]
+Answers = dict[tuple[object, ...], Fits]
+_answers: dict[int, tuple[weakref.ref[Tensor], int, Answers]] = {}
 
 
 def to_half_width(
@@ -38,45 +40,54 @@ def to_half_width(
     if cos.is_complex():
         fail(op, "sin", "None if cos is complex", describe(sin))
     if cos.dim() and x.dim() and cos.shape[-1] == x.shape[-1] and cos.shape == sin.shape:
-        return _halve(op, "cos", cos, interleaved), _halve(op, "sin", sin, interleaved)
+        return _halve(op, cos, sin, interleaved)
     return cos, sin
 
 
-def _halve(op: str, arg: str, t: Tensor, interleaved: bool) -> Tensor:
-    """Return the angles of a full-width table, each once.
+def _halve(op: str, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Return the angles of full-width tables, each once.
 
-    The layout of the mode, halves or interleaved pairs, is tried first.
+    The layout is the one that fits both tables; if both layouts do, that of the mode.
     """
-    if t.shape[-1] % 2:
-        return t  # the operator's check names the error
+    if cos.shape[-1] % 2:
+        return cos, sin  # the operator's check names the error
+    expected = "of width Dh must repeat each angle, in two equal halves or in pairs"
+    if _are_values_hidden(cos):  # the graph then checks the values, and selects
+        for arg, t in (("cos", cos), ("sin", sin)):
+            fits = [_all_equal(*parts) for parts in _layouts(t)]
+            torch._assert_async(fits[0] | fits[1], f"{op}: {arg} {expected}")
+        return _select(cos, sin, interleaved)
+    try:
+        cos_fits, sin_fits = _find_layouts(cos), _find_layouts(sin)
+    except RuntimeError:  # a tracer, or vmap over tables
+        return _select(cos, sin, interleaved)
+    for i in (1, 0) if interleaved else (0, 1):
+        if cos_fits[i] and sin_fits[i]:
+            return _layouts(cos)[i][0], _layouts(sin)[i][0]
+    arg = "sin" if any(cos_fits) else "cos"
+    raise ValueError(f"{op}: {arg} {expected}; or pass width Dh/2 = {cos.shape[-1] // 2}")
+
+
+def _layouts(t: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return the two entries of each angle, in two halves and in pairs."""
     half = t.shape[-1] // 2
-    layouts = [(t[..., :half], t[..., half:]), (t[..., ::2], t[..., 1::2])]
-    first, second = reversed(layouts) if interleaved else layouts
-    expected = f"{op}: {arg} of width Dh must repeat each angle, in two equal halves or in pairs"
-    if _are_values_hidden(t):  # the graph then checks the values, and selects
-        torch._assert_async(_all_equal(first) | _all_equal(second), expected)
-        return _select(first, second)
-    answers = _answers_about(t)
-    view = (*t.shape, *t.stride(), t.storage_offset(), interleaved)
-    if view not in answers:
-        try:
-            fits, other_fits = bool(_all_equal(first)), bool(_all_equal(second))
-        except RuntimeError:  # a tracer, or vmap over tables
-            return _select(first, second)
-        if not (fits or other_fits):
-            raise ValueError(f"{expected}; or pass width Dh/2 = {half}")
-        answers[view] = fits
-    return first[0] if answers[view] else second[0]
+    return (t[..., :half], t[..., half:]), (t[..., ::2], t[..., 1::2])
 
 
-def _select(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
-    """Return the angles in the layout that fits; NaN if neither does."""
-    other = torch.where(_all_equal(second), second[0], torch.nan)
-    return torch.where(_all_equal(first), first[0], other)
+def _all_equal(entries: Tensor, repeated: Tensor) -> Tensor:
+    return (entries == repeated).all()
 
 
-def _all_equal(pair: tuple[Tensor, Tensor]) -> Tensor:
-    return (pair[0] == pair[1]).all()
+def _select(cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Return the angles in the layout that fits both tables; NaN if neither does."""
+    pairs = list(zip(_layouts(cos), _layouts(sin), strict=True))
+    (first, second) = reversed(pairs) if interleaved else pairs
+    fits, other_fits = (_all_equal(*c) & _all_equal(*s) for c, s in (first, second))
+    cos, sin = (
+        torch.where(fits, a[0], torch.where(other_fits, b[0], torch.nan))
+        for a, b in zip(first, second, strict=True)
+    )
+    return cos, sin
 
 
 def _are_values_hidden(t: Tensor) -> bool:
@@ -88,13 +99,21 @@ def _are_values_hidden(t: Tensor) -> bool:
     return type(t) not in (Tensor, torch.nn.Parameter)
 
 
-def _answers_about(t: Tensor) -> dict[tuple[object, ...], int]:
-    """Return the answers about the present values of a table, empty if they are new."""
+def _find_layouts(t: Tensor) -> Fits:
+    """Return whether halves and whether pairs fit a table; values that did not change are known."""
     if t.is_inference():  # changes of its values are not counted
-        return {}
+        return _compare(t)
     owner = t._base if t._base is not None else t
     entry = _answers.get(id(owner))
-    if entry is None or entry[0]() is not owner or entry[1].get(()) != owner._version:
+    if entry is None or entry[0]() is not owner or entry[1] != owner._version:
         forget = functools.partial(_answers.pop, id(owner))  # takes the reference as default
-        entry = _answers[id(owner)] = (weakref.ref(owner, forget), {(): owner._version})
-    return entry[1]
+        entry = _answers[id(owner)] = (weakref.ref(owner, forget), owner._version, {})
+    view = (*t.shape, *t.stride(), t.storage_offset())
+    if view not in entry[2]:
+        entry[2][view] = _compare(t)
+    return entry[2][view]
+
+
+def _compare(t: Tensor) -> Fits:
+    halves, pairs = (bool(_all_equal(*parts)) for parts in _layouts(t))
+    return halves, pairs

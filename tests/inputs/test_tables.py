@@ -1,5 +1,6 @@
 """Rotary tables in the forms in which other libraries keep them."""
 
+import functools
 import gc
 import re
 
@@ -216,6 +217,21 @@ def test_a_table_that_changes_is_checked_again(interleaved):
         frozen[0][0, 0] += 1
         with pytest.raises(ValueError, match="cos of width Dh must repeat"):
             mv.rope(x, *frozen, interleaved=interleaved)
+
+
+@BOTH_MODES
+@pytest.mark.parametrize("compiled", [False, True])
+def test_one_layout_fits_both_tables(interleaved, compiled):
+    """cos fits both layouts, with different angles; sin fits one of them, which decides."""
+    torch.compiler.reset()
+    x = torch.randn(1, 1, 1, DH)
+    cos = torch.tensor([[0.5, 0.5, 0.8, 0.8, 0.5, 0.5, 0.8, 0.8]])
+    sin = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
+    rotate = functools.partial(mv.rope, interleaved=interleaved)
+    run = torch.compile(rotate, fullgraph=True, backend="aot_eager") if compiled else rotate
+    for repeat, angles_of_cos in ((in_halves, cos[:, :HALF]), (in_pairs, cos[:, ::2])):
+        expected = rotate(x, angles_of_cos, sin)
+        assert torch.equal(run(x, cos, repeat(sin)), expected)
 
 
 def test_answers_about_tables_do_not_outlive_them():
