@@ -55,17 +55,18 @@ STRUCTURES = (constant_rows, equal_tokens, large_mean, alternating, one_outlier)
 # compiled one takes a microsecond.
 SHAPES = {
     "cpu": ((4, (3, 1), 16_384), (1, (16_000, 384), 8), (2, (160, 96), 129)),
-    "triton": ((4, (3, 1), 2_048), (1, (2_000, 48), 16), (2, (40, 24), 129)),
-    "cuda": ((4, (3, 1), 1_024), (1, (500, 12), 16), (2, (40, 24), 72)),
+    "triton": ((1, (7, 1), 512), (1, (250, 6), 16), (1, (20, 12), 129)),
+    "cuda": ((4, (3, 1), 8_192), (1, (2_000, 48), 8), (2, (40, 24), 129)),
 }
 LONGEST = {
     "cpu": ((1, (2, 1), 262_144), (1, (262_000, 144), 8)),
-    "triton": ((1, (2, 1), 16_384), (1, (8_000, 192), 8)),
-    "cuda": ((1, (2, 1), 8_192), (1, (2_000, 48), 8)),
+    "triton": ((1, (1,), 2_048), (1, (600,), 8)),
+    "cuda": ((1, (2, 1), 12_288), (1, (8_000, 192), 8)),
 }
 if GPU:
-    SHAPES, LONGEST = (dict.fromkeys(s, s["cpu"]) for s in (SHAPES, LONGEST))
-WIDEST_HEAD = {"cpu": 262_144, "triton": 4_096, "cuda": 1_024}
+    SHAPES = dict.fromkeys(SHAPES, SHAPES["cpu"])
+    LONGEST = {backend: (LONGEST[backend][0], LONGEST["cpu"][1]) for backend in LONGEST}
+WIDEST_HEAD = {"cpu": 262_144, "triton": 4_096, "cuda": 4_096}
 
 
 def gains(g, width, mean):
@@ -134,10 +135,9 @@ def make(operator, structure, shape, dtype, backend):
     with torch.device("cpu"):
         op, leaves, constants = operator(structure, g, B, segments, width)
         results = [t for name, t in leaves.items() if name in ("x", "q", "k")]
-        if dtype == torch.float32:
-            cotangents = [structure(g, *t.shape) / 8 for t in results]
-        else:  # backward reads some results, whose rounding remains where the gradient vanishes
-            cotangents = [torch.randn(t.shape, generator=g) for t in results]
+        # One row for all tokens: its sums over tokens are long. Gradients that almost vanish, as
+        # those of a constant row along itself do, would show the luck of single roundings.
+        cotangents = [equal_tokens(g, *t.shape) for t in results]
 
     def prepare(t):
         return t.to(device, dtype if t.dim() > 2 else None) if isinstance(t, torch.Tensor) else t
@@ -202,6 +202,7 @@ class TestStructuredValues:
             T = min(T, 1000)
         x = torch.randn(2, 1, 48).expand(2, T, 48)
         one, zero = torch.ones(48), torch.zeros(2, T, 48)
+        allowed = 2 * torch.finfo(torch.float32).eps * x.abs().max().item()  # of sum and quotient
         for _ in each_instruction_set(backend):
             y = mv.mvsplit_rmsnorm(x, zero, one, one, eps=1.0)
-            assert y.abs().max().item() <= torch.finfo(torch.float32).eps * x.abs().max().item()
+            assert y.abs().max().item() <= allowed
