@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from bench.cases import CASES, Shape
-from bench.common.accuracy import Inaccurate, require_accurate, require_case
+from bench.cases import CASES, CASES_BY_OP, Shape
+from bench.common.accuracy import Inaccurate, Judge, require_accurate, require_case
 
 TINY = Shape(B=2, segments=(9, 4), D=64, H=4, F=24)
 
@@ -53,3 +53,22 @@ def test_every_case_is_accurate_and_a_wrong_kernel_is_not(case):
         require_case(case, "off", wrong_result, inputs)
     with pytest.raises(Inaccurate, match=f"{case.op}, off, gradient"):
         require_case(case, "off", wrong_gradient, inputs)
+
+
+def test_plain_code_rounds_every_operation():
+    case = CASES_BY_OP["swiglu"]
+    (x,), _, _ = inputs = case.example(TINY)
+    gate, up = x.chunk(2, -1)
+    (plain,), (once,) = case.eager(*inputs), case.reference(*inputs)
+    silu = torch.nn.functional.silu
+    assert torch.equal(plain, silu(gate) * up) and not torch.equal(plain, once)
+    assert torch.equal(once, (silu(gate.float()) * up.float()).to(x.dtype))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.op)
+def test_a_peer_may_err_as_plain_code_does(case):
+    judge = Judge(case, case.example(TINY))
+    judge.require("plain", case.eager, peer=True)
+    if case.op.startswith("mvsplit"):  # it rounds the means, and their gradients with them
+        with pytest.raises(Inaccurate, match="plain, gradient"):
+            judge.require("plain", case.eager)
