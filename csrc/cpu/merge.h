@@ -1,6 +1,6 @@
 // Rows of a residual merge, shared by mvsplit_rmsnorm.cpp and residual_rmsnorm.cpp.
 //
-//     z = x + beta*f + m       m: one vector per segment (MV-Split) or none
+//     z = x + beta*f, with MV-Split z = (x + shift) + beta*(f - jf), shift and jf of the segment
 //     y = z * rstd * weight    rstd = rsqrt(mean_d z^2 + eps)
 //     dz = rstd * (g - n * mean_d(g*n)),  n = z * rstd,  g = dy * weight,  dweight = sum dy * n
 #pragma once
@@ -12,31 +12,37 @@ MVSPLIT_KERNELS_BEGIN
 
 namespace {
 
-// Parameter vectors of D elements. A null beta or weight is 1, a null m is 0.
+// Parameter vectors of D elements. A null beta or weight is 1, a null shift or jf is 0.
 template <class T>
 struct RowParams {
     const acc_t<T>* beta = nullptr;
-    const acc_t<T>* m = nullptr;
+    const acc_t<T>* shift = nullptr;
+    const acc_t<T>* jf = nullptr;
     const acc_t<T>* weight = nullptr;
 };
 
-template <class T, bool has_beta, bool has_m, class Count>
+// Return z. The mean of f is subtracted from f first: if it is large, beta*f plus a vector that
+// contains -beta*jf would be a small difference of large rounded numbers.
+template <class T, bool has_beta, bool has_means, class Count>
 Acc<T> merged(const T* x, const T* f, const RowParams<T>& p, int64_t i, Count n) {
-    Acc<T> z = load(x + i, n);
-    if constexpr (has_m) z = z + load_acc<T>(p.m + i, n);
+    Acc<T> z = load(x + i, n), added = load(f + i, n);
+    if constexpr (has_means) {
+        z = z + load_acc<T>(p.shift + i, n);
+        added = added - load_acc<T>(p.jf + i, n);
+    }
     if constexpr (has_beta)
-        return fmadd(load_acc<T>(p.beta + i, n), load(f + i, n), z);
+        return fmadd(load_acc<T>(p.beta + i, n), added, z);
     else
-        return z + load(f + i, n);
+        return z + added;
 }
 
 // Compute one row of y and return its rstd. `scratch` keeps z (D elements) in L1 between the two
 // sweeps.
-template <class T, bool has_beta, bool has_m>
+template <class T, bool has_beta, bool has_means>
 MVSPLIT_ROW acc_t<T> forward_row(const T* x, const T* f, T* y, const RowParams<T>& p,
                                  acc_t<T>* scratch, int64_t D, double eps) {
     const acc_t<T> squares = sum_row<T>(D, [&](int64_t i, auto n, Acc<T>& s) {
-        const Acc<T> z = merged<T, has_beta, has_m>(x, f, p, i, n);
+        const Acc<T> z = merged<T, has_beta, has_means>(x, f, p, i, n);
         s = fmadd(z, z, s);
         store_acc<T>(scratch + i, z, n);
     });
@@ -52,7 +58,7 @@ MVSPLIT_ROW acc_t<T> forward_row(const T* x, const T* f, T* y, const RowParams<T
 
 // n of one row: y itself if there is no weight, else computed again from x and f, because y / weight
 // could divide by zero.
-template <class T, bool has_beta, bool has_m, bool from_x>
+template <class T, bool has_beta, bool has_means, bool from_x>
 struct NormalisedRow {
     const T* saved;  // x if from_x, else y
     const T* f;
@@ -61,7 +67,7 @@ struct NormalisedRow {
     template <class Count>
     Acc<T> operator()(const RowParams<T>& p, int64_t i, Count n) const {
         if constexpr (from_x)
-            return merged<T, has_beta, has_m>(saved, f, p, i, n) * Acc<T>(rstd);
+            return merged<T, has_beta, has_means>(saved, f, p, i, n) * Acc<T>(rstd);
         else
             return load(saved + i, n);
     }

@@ -1,7 +1,7 @@
 // MV-Split residual with RMSNorm (arXiv 2605.06169), J the token mean of a segment, P = I - J:
 //     z = x + beta * P f + alpha * J (f - x),  y = z * rstd * weight
-// With the means jx, jf of a segment of Ts tokens and one vector m per segment:
-//     m = (alpha - beta)*jf - alpha*jx     z = x + beta*f + m
+// With the means jx, jf of a segment of Ts tokens and one vector, shift, per segment:
+//     shift = alpha*(jf - jx)     z = (x + shift) + beta*(f - jf)
 //     dx = dz - alpha*jdz     df = beta*dz + (alpha - beta)*jdz     jdz = mean_t dz
 //     dalpha = sum Ts*jdz*(jf - jx)     dbeta = sum dz*(f - jf)     dweight = sum dy*n
 // dbeta sums dz*(f - jf) directly. If the token mean dominates f, sum dz*f minus the part of the
@@ -130,12 +130,11 @@ MVSPLIT_ROW void sum_columns(const T* x, int64_t rows, int64_t D, acc_t<T>* sums
     }
 }
 
-// Store m of a (sample, segment) at columns [d, d+n).
+// Store the shift of a (sample, segment) at columns [d, d+n).
 template <class T, class Count>
-void store_m(const Views<T>& v, int64_t unit, int64_t D, int64_t d, acc_t<T>* m, Count n) {
-    const Acc<T> alpha = load_acc<T>(v.alpha + d, n), beta = load_acc<T>(v.beta + d, n);
+void store_shift(const Views<T>& v, int64_t unit, int64_t D, int64_t d, acc_t<T>* shift, Count n) {
     const Acc<T> jx = load_acc<T>(v.jx + unit * D + d, n), jf = load_acc<T>(v.jf + unit * D + d, n);
-    store_acc<T>(m + d, (alpha - beta) * jf - alpha * jx, n);
+    store_acc<T>(shift + d, load_acc<T>(v.alpha + d, n) * (jf - jx), n);
 }
 
 template <class T>
@@ -145,7 +144,7 @@ void forward(const MergeArgs& a) {
     const int64_t D = a.D;
     const Plan plan(a, 2 * a.T * D * sizeof(T));
     const int64_t wave = std::min(plan.wave, a.B);
-    std::vector<A> partials(wave * plan.count() * 2 * D), m(wave * a.S * D);
+    std::vector<A> partials(wave * plan.count() * 2 * D), shifts(wave * a.S * D);
     A* const jy = static_cast<A*>(a.jy);
     // The mean of segment s of a sample of the wave, from the partial rows of its tasks.
     const auto mean = [&](int64_t in_wave, int64_t s, const A* rows, int64_t d, auto n) {
@@ -168,12 +167,13 @@ void forward(const MergeArgs& a) {
                     if (!a.jx_is_input)
                         store_acc<T>(v.jx + unit * D + d, mean(in_wave, s, &partials[0], d, n), n);
                     store_acc<T>(v.jf + unit * D + d, mean(in_wave, s, &partials[D], d, n), n);
-                    store_m(v, unit, D, d, &m[(in_wave * a.S + s) * D], n);
+                    store_shift(v, unit, D, d, &shifts[(in_wave * a.S + s) * D], n);
                 }
         });
         for_tasks(plan, b0, b1, [&](int64_t b, int64_t in_wave, const Task& t, int64_t i) {
             std::vector<A> scratch(D);
-            const RowParams<T> p{v.beta, &m[(in_wave * a.S + t.segment) * D], v.weight};
+            const RowParams<T> p{v.beta, &shifts[(in_wave * a.S + t.segment) * D],
+                                 v.jf + (b * a.S + t.segment) * D, v.weight};
             T* const y = static_cast<T*>(a.out) + b * a.T * D;
             for (int64_t row = t.begin; row < t.end; ++row)
                 v.rstd[b * a.T + row] =
@@ -194,11 +194,10 @@ void forward(const MergeArgs& a) {
 }
 
 // First backward sweep over the rows of one task. Computes mean_d(g*n) of each row and the column
-// sums of dz, dz*(f - jf) and, with a weight, dy*n; jf belongs to the segment of the task.
+// sums of dz, dz*(f - jf) and, with a weight, dy*n.
 template <class T, bool has_weight>
-MVSPLIT_ROW void sum_gradients(const Views<T>& v, const RowParams<T>& p, const acc_t<T>* jf,
-                               int64_t begin, int64_t end, int64_t D, acc_t<T>* means,
-                               acc_t<T>* sums, acc_t<T>* scratch) {
+MVSPLIT_ROW void sum_gradients(const Views<T>& v, const RowParams<T>& p, int64_t begin, int64_t end,
+                               int64_t D, acc_t<T>* means, acc_t<T>* sums, acc_t<T>* scratch) {
     using Norm = NormalisedRow<T, true, true, has_weight>;
     const T* saved = has_weight ? v.x : v.y;
     for (int64_t row = begin; row < end; row += kGroup) {
@@ -214,7 +213,7 @@ MVSPLIT_ROW void sum_gradients(const Views<T>& v, const RowParams<T>& p, const a
         }
         for_chunks<T>(D, [&](int64_t i, auto n) {
             Acc<T> sdz(0), sdzf(0), sdyn(0);
-            const Acc<T> mean_f = load_acc<T>(jf + i, n);
+            const Acc<T> mean_f = load_acc<T>(p.jf + i, n);
             for (int k = 0; k < count; ++k) {
                 const int64_t at = (row + k) * D;
                 const Acc<T> nk = norm[k](p, i, n);
@@ -232,23 +231,23 @@ MVSPLIT_ROW void sum_gradients(const Views<T>& v, const RowParams<T>& p, const a
 // Vectors of the second sweep, one pair per segment: to_dx = alpha*jdz, to_df = (alpha - beta)*jdz,
 // with dx = dz - to_dx and df = beta*dz + to_df.
 template <class T>
-struct Shifts {
+struct MeanGradients {
     const acc_t<T>*to_dx, *to_df;
 };
 
 template <class T, bool has_weight>
-MVSPLIT_ROW void apply_gradients(const Views<T>& v, const RowParams<T>& p, const Shifts<T>& shifts,
-                                 int64_t begin, int64_t end, int64_t D, const acc_t<T>* means,
-                                 T* dx, T* df) {
+MVSPLIT_ROW void apply_gradients(const Views<T>& v, const RowParams<T>& p,
+                                 const MeanGradients<T>& mean, int64_t begin, int64_t end,
+                                 int64_t D, const acc_t<T>* means, T* dx, T* df) {
     for (int64_t row = begin; row < end; ++row) {
         const NormalisedRow<T, true, true, has_weight> norm{(has_weight ? v.x : v.y) + row * D,
                                                             v.f + row * D, v.rstd[row]};
         const Dz<T> dz(v.rstd[row], means[row]);
         for_chunks<T>(D, [&](int64_t i, auto n) {
             const Acc<T> d = dz(weighted<T, has_weight>(v.dy + row * D, p, i, n), norm(p, i, n));
-            store(dx + row * D + i, d - load_acc<T>(shifts.to_dx + i, n), n);
+            store(dx + row * D + i, d - load_acc<T>(mean.to_dx + i, n), n);
             store(df + row * D + i,
-                  fmadd(load_acc<T>(p.beta + i, n), d, load_acc<T>(shifts.to_df + i, n)), n);
+                  fmadd(load_acc<T>(p.beta + i, n), d, load_acc<T>(mean.to_df + i, n)), n);
         });
     }
 }
@@ -261,23 +260,24 @@ void backward(const MergeArgs& a) {
     const Plan plan(a, 3 * a.T * D * sizeof(T));
     const int64_t wave = std::min(plan.wave, a.B);
     std::vector<A> partials(wave * plan.count() * width), means(a.B * a.T);
-    std::vector<A> m(has_weight ? wave * a.S * D : 0), shift(wave * a.S * 2 * D);
+    std::vector<A> shifts(has_weight ? wave * a.S * D : 0), mean_gradients(wave * a.S * 2 * D);
     A* const out[3] = {static_cast<A*>(a.dalpha), static_cast<A*>(a.dbeta),
                        static_cast<A*>(a.dweight)};
     std::vector<A> errors(width);  // of the sums in `out`, kept from wave to wave
-    const auto params = [&](int64_t unit) {
-        return RowParams<T>{v.beta, has_weight ? &m[unit * D] : nullptr, v.weight};
+    const auto params = [&](int64_t b, int64_t in_wave, int64_t s) {
+        return RowParams<T>{v.beta, has_weight ? &shifts[(in_wave * a.S + s) * D] : nullptr,
+                            v.jf + (b * a.S + s) * D, v.weight};
     };
     for_waves(a, plan, [&](int64_t b0, int64_t b1) {
         const int64_t units = (b1 - b0) * a.S;
         if (has_weight)
             for_columns<T>(D, [&](int64_t d, auto n) {
-                for (int64_t u = 0; u < units; ++u) store_m(v, b0 * a.S + u, D, d, &m[u * D], n);
+                for (int64_t u = 0; u < units; ++u)
+                    store_shift(v, b0 * a.S + u, D, d, &shifts[u * D], n);
             });
         for_tasks(plan, b0, b1, [&](int64_t b, int64_t in_wave, const Task& t, int64_t i) {
             std::vector<A> scratch(width);
-            sum_gradients<T, has_weight>(v, params(in_wave * a.S + t.segment),
-                                         v.jf + (b * a.S + t.segment) * D, b * a.T + t.begin,
+            sum_gradients<T, has_weight>(v, params(b, in_wave, t.segment), b * a.T + t.begin,
                                          b * a.T + t.end, D, means.data(), &partials[i * width],
                                          scratch.data());
         });
@@ -298,16 +298,15 @@ void backward(const MergeArgs& a) {
                 const Acc<T> jdz = sdz / Acc<T>(static_cast<A>(a.segments[s]));
                 total[0] += sdz * (jf - jx);
                 for (int i = 1; i < (has_weight ? 3 : 2); ++i) total[i] += column_sum(i);
-                store_acc<T>(&shift[u * 2 * D + d], alpha * jdz, n);
-                store_acc<T>(&shift[(u * 2 + 1) * D + d], (alpha - beta) * jdz, n);
+                store_acc<T>(&mean_gradients[u * 2 * D + d], alpha * jdz, n);
+                store_acc<T>(&mean_gradients[(u * 2 + 1) * D + d], (alpha - beta) * jdz, n);
             }
             for (int i = 0; i < (has_weight ? 3 : 2); ++i)
                 store_sum<T>(out[i] + d, &errors[i * D + d], total[i], n);
         });
         for_tasks(plan, b0, b1, [&](int64_t b, int64_t in_wave, const Task& t, int64_t) {
-            const int64_t unit = in_wave * a.S + t.segment;
-            apply_gradients<T, has_weight>(v, params(unit),
-                                           {&shift[unit * 2 * D], &shift[(unit * 2 + 1) * D]},
+            const A* to_dx = &mean_gradients[(in_wave * a.S + t.segment) * 2 * D];
+            apply_gradients<T, has_weight>(v, params(b, in_wave, t.segment), {to_dx, to_dx + D},
                                            b * a.T + t.begin, b * a.T + t.end, D, means.data(),
                                            static_cast<T*>(a.dx), static_cast<T*>(a.df));
         });

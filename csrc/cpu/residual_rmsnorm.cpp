@@ -16,7 +16,7 @@ namespace {
 template <class T, bool has_scale>
 void forward(const MergeArgs& a) {
     const int64_t D = a.D;
-    const RowParams<T> p{static_cast<const acc_t<T>*>(a.beta), nullptr,
+    const RowParams<T> p{static_cast<const acc_t<T>*>(a.beta), nullptr, nullptr,
                          static_cast<const acc_t<T>*>(a.weight)};
     at::parallel_for(0, a.B * a.T, 16, [&](int64_t begin, int64_t end) {
         std::vector<acc_t<T>> scratch(D);
@@ -61,7 +61,8 @@ template <class T, bool has_scale, bool has_weight>
 void backward(const MergeArgs& a) {
     using A = acc_t<T>;
     const int64_t N = a.B * a.T, D = a.D, rows = rows_per_task(N), tasks = at::divup(N, rows);
-    const RowParams<T> p{static_cast<const A*>(a.beta), nullptr, static_cast<const A*>(a.weight)};
+    const RowParams<T> p{static_cast<const A*>(a.beta), nullptr, nullptr,
+                         static_cast<const A*>(a.weight)};
     constexpr int64_t sums = 2 * (has_scale + has_weight);
     std::vector<A> partials(tasks * sums * D, 0);
     at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
