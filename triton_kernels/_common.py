@@ -2,8 +2,9 @@
 
 Sums: values need not average out (equal tokens of a collapsed block, constant gradients), and then
 the error of a plain sum grows with the number of terms. tl.sum adds the elements of a tile as a
-tree. A loop adds at most PLAIN_TILES tiles one after another; the sums of such blocks are added in
-float64, a few instructions per block.
+tree. A loop adds at most PLAIN_TILES tiles one after another; the sums of such blocks, and partial
+rows, are added in float64. Neighbouring tokens are added first: of values whose signs alternate,
+other orders add many with one sign, and their rounding errors do not cancel.
 """
 
 from typing import Any
@@ -74,14 +75,12 @@ def _sum_rows(partials, sums, rows, width: tl.constexpr, ROWS: tl.constexpr, COL
 def column_sum(partials, rows, d, width: tl.constexpr, ROWS: tl.constexpr):
     """Return the sums, in float64, of columns d of a (rows, width) array, ROWS rows at a time."""
     total = tl.zeros((d.shape[0],), tl.float64)
-    for block in range(0, rows, ROWS * PLAIN_TILES):
-        tile = tl.zeros((ROWS, d.shape[0]), partials.dtype.element_ty)
-        for first in range(block, min(block + ROWS * PLAIN_TILES, rows), ROWS):
-            r = first + tl.arange(0, ROWS)[:, None]
-            inside = (r < rows) & (d < width)[None, :]
-            at = partials + r.to(tl.int64) * width + d[None, :]
-            tile += tl.load(at, inside, other=0, cache_modifier=".cg")  # L2, not a stale line of L1
-        total += tl.sum(tile, 0)
+    for first in range(0, rows, ROWS):
+        r = first + tl.arange(0, ROWS)[:, None]
+        inside = (r < rows) & (d < width)[None, :]
+        at = partials + r.to(tl.int64) * width + d[None, :]
+        tile = tl.load(at, inside, other=0, cache_modifier=".cg")  # L2, not a stale line of L1
+        total += tl.sum(tile.to(tl.float64), 0)
     return total
 
 

@@ -203,14 +203,15 @@ def _bwd(
     MODES: tl.constexpr,
 ):
     pid = tl.program_id(0)
+    steps = per_program // TILE.tokens
     begin = pid.to(tokens.dtype) * per_program
     zero = tl.zeros(TILE, rstds[0].dtype.element_ty)
     # With a weight, q and k in turn: two sums of dw would not fit the registers.
     TOGETHER: tl.constexpr = 2 if weights[0] is None and weights[1] is None else 1
     for part in tl.static_range(0, 2, TOGETHER):
         dw1, dw2 = zero, zero
-        for token in range(begin, min(begin + per_program, tokens), TILE.tokens):
-            n = token + tl.arange(0, TILE.tokens)[:, None, None]
+        for step in range(steps):
+            n = begin + step + steps * tl.arange(0, TILE.tokens)[:, None, None]
             angles = ()
             if len(tables) > 0:
                 cos, sin = _angles(saved[0], tables, angle_strides, n, T, tokens, D, TILE.pairs)

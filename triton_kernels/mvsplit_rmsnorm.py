@@ -59,14 +59,15 @@ from mvsplit_ops.triton_kernels._merge import (
     rows_per_program,
     store_rows,
     summed_rows_per_program,
+    tile_rows,
 )
 from mvsplit_ops.triton_kernels._segments import block_tokens, encode_ends, segment_tokens
 
 __all__ = ["find_missing", "mvsplit_rmsnorm_bwd", "mvsplit_rmsnorm_fwd"]
 
 # Each program owns columns, so sums over tokens need no exchange between programs. 64 columns are
-# 128 bytes of bf16, a whole line; 64 rows of a tile are four 16-byte loads of x and of f.
-MEANS = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4}
+# 128 bytes of bf16, a whole line; 32 pairs of rows are four 16-byte loads of x and of f.
+MEANS = {"PAIRS": 32, "COLUMNS": 64, "num_warps": 4}
 # _bwd_apply reads the means of the rows, so its tiles need not span D. 128 columns are 16 lanes of
 # 16 bytes; with 64 rows of a program, its three vectors are less than 1/10 pass.
 APPLY = {"ROWS": 16, "COLUMNS": 128, "num_warps": 4}
@@ -162,7 +163,7 @@ def _means(
     ends,
     T,
     D: tl.constexpr,
-    ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     slices = tl.cdiv(D, COLUMNS)
@@ -172,15 +173,15 @@ def _means(
     d = part * COLUMNS + tl.arange(0, COLUMNS)
     total_x = tl.zeros((COLUMNS,), tl.float64)
     total_f = total_x
-    for block in range(begin, end, ROWS * PLAIN_TILES):
-        sum_x = tl.zeros((ROWS, COLUMNS), jfs.dtype.element_ty)
+    for block in range(begin, end, 2 * PAIRS * PLAIN_TILES):
+        sum_x = tl.zeros((PAIRS, COLUMNS), jfs.dtype.element_ty)
         sum_f = sum_x
-        for first in range(block, min(block + ROWS * PLAIN_TILES, end), ROWS):
-            t = first + tl.arange(0, ROWS)
-            r = b.to(tl.int64) * T + t
-            sum_f += load_rows(f, r, d, t < end, D)
+        for first in range(block, min(block + 2 * PAIRS * PLAIN_TILES, end), 2 * PAIRS):
+            t = first + 2 * tl.arange(0, PAIRS)
+            r, odd = b.to(tl.int64) * T + t, t + 1 < end
+            sum_f += load_rows(f, r, d, t < end, D) + load_rows(f, r + 1, d, odd, D)
             if input_jx is None:
-                sum_x += load_rows(x, r, d, t < end, D)
+                sum_x += load_rows(x, r, d, t < end, D) + load_rows(x, r + 1, d, odd, D)
         total_f += tl.sum(sum_f, 0)
         if input_jx is None:
             total_x += tl.sum(sum_x, 0)
@@ -232,7 +233,7 @@ def _apply(
     for part in range(begin, end, ROWS * PLAIN_TILES):
         sum_y = tl.zeros((BLOCK_D,), rstds.dtype.element_ty)
         for first in range(part, min(part + ROWS * PLAIN_TILES, end), ROWS):
-            t = first + tl.arange(0, ROWS)
+            t = tile_rows(first, ROWS)
             r, live = b.to(tl.int64) * T + t, t < end
             z = load_rows(x, r, d, live, D) + bt * (load_rows(f, r, d, live, D) - jf) + shift
             rstd = tl.rsqrt(mean_d(z * z, D) + EPS)
@@ -299,7 +300,7 @@ def _bwd_reduce(
         sum_dz = tl.zeros((BLOCK_D,), rstds.dtype.element_ty)
         sum_dzf, sum_dyn = sum_dz, sum_dz
         for first in range(part, min(part + ROWS * BLOCK_TILES, end), ROWS):
-            t = first + tl.arange(0, ROWS)
+            t = tile_rows(first, ROWS)
             r, live = b.to(tl.int64) * T + t, t < end
             rstd = tl.load(rstds + r, live, other=0)[:, None]
             g = load_rows(dy, r, d, live, D)

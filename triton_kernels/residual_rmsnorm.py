@@ -31,6 +31,7 @@ from mvsplit_ops.triton_kernels._merge import (
     rows_per_program,
     store_rows,
     summed_rows_per_program,
+    tile_rows,
 )
 
 __all__ = ["find_missing", "residual_rmsnorm_bwd", "residual_rmsnorm_fwd"]
@@ -138,7 +139,7 @@ def _bwd(
         dscale = tl.zeros((BLOCK_D,), rstds.dtype.element_ty)
         dweight = dscale
         for first in range(block, min(block + ROWS * BLOCK_TILES, end), ROWS):
-            r = first + tl.arange(0, ROWS)
+            r = tile_rows(first, ROWS)
             live = r < end
             rstd = tl.load(rstds + r, live, other=0)[:, None]
             g = load_rows(dy, r, d, live, D)
