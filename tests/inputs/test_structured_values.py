@@ -16,6 +16,10 @@ from tests.inputs.runs import (
 GPU = torch.cuda.is_available()
 
 
+def normal(g, *shape):
+    return torch.randn(shape, generator=g)
+
+
 def constant_rows(g, *shape):
     """Return rows of one value each: the sum of a row is its width times the value."""
     return torch.randn(*shape[:-1], 1, generator=g).expand(shape)
@@ -135,9 +139,10 @@ def make(operator, structure, shape, dtype, backend):
     with torch.device("cpu"):
         op, leaves, constants = operator(structure, g, B, segments, width)
         results = [t for name, t in leaves.items() if name in ("x", "q", "k")]
-        # One row for all tokens: its sums over tokens are long. Gradients that almost vanish, as
-        # those of a constant row along itself do, would show the luck of single roundings.
-        cotangents = [equal_tokens(g, *t.shape) for t in results]
+        # One row for all tokens gives long sums over tokens. Where those sums, or gradients along
+        # the row itself, would almost vanish, an error would be the luck of a few roundings.
+        long_sums = structure in (equal_tokens, large_mean)
+        cotangents = [(equal_tokens if long_sums else normal)(g, *t.shape) for t in results]
 
     def prepare(t):
         return t.to(device, dtype if t.dim() > 2 else None) if isinstance(t, torch.Tensor) else t
