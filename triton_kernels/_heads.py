@@ -101,7 +101,7 @@ def _backward(
     per_program = tile.tokens
     if weighted:
         tiles = ceil_div(ceil_div(tokens, MOST_PARTIALS), tile.tokens)
-        most = MOST_TILES // ceil_div(max(options["HEADS"]), tile.heads)
+        most = MOST_TILES // max(1, ceil_div(max(options["HEADS"]), tile.heads))
         per_program *= max(1, min(tiles, most))
     programs = ceil_div(tokens, per_program)
     partials = new_statistics(saved[0], weighted, programs, saved[0].shape[3])

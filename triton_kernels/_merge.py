@@ -45,8 +45,7 @@ def rows_per_program(N: int) -> int:
 
 def summed_rows_per_program(N: int, tile: dict[str, int]) -> int:
     """Return the rows of a program that stores their sums in one row of partial sums."""
-    most = MOST_BLOCKS * BLOCK_TILES.value * tile["ROWS"]
-    return min(rows_per_program(N), max(FEWEST_ROWS, most))
+    return min(rows_per_program(N), MOST_BLOCKS * BLOCK_TILES.value * tile["ROWS"])
 
 
 @triton.jit

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 
+from mvsplit_ops.triton_kernels._common import column_sum, mean_of
+
 
 def encode_ends(segments: Sequence[int]) -> tuple[int, ...]:
     """Return 2 * end + 1 for each segment."""
@@ -46,3 +48,17 @@ def segment_tokens(segment, ends, share):
         blocks = tl.where(segment == s, count, blocks)
         start, first = end, first + count
     return begin, stop, block, blocks
+
+
+@triton.jit
+def add_up_last(
+    partials, tickets, jys, unit, base, segment, ends, share, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """In the last program of a segment to finish, add up the rows that its programs stored."""
+    begin, end, first, total = segment_tokens(segment, ends, share)
+    tl.debug_barrier()  # all threads have stored before one of them takes a ticket
+    if tl.atomic_add(tickets + unit, 1, sem="acq_rel") == total - 1:
+        d = tl.arange(0, BLOCK_D)
+        rows = partials + (base + first).to(tl.int64) * D
+        jy = mean_of(column_sum(rows, total, d, D, 4), end - begin)
+        tl.store(jys + unit.to(tl.int64) * D + d, jy, d < D)

@@ -8,8 +8,7 @@ With dz and n as in _merge.py, and jdz = J dz:
     dx = dz - alpha * jdz      dalpha = sum_{b,s} Ts * jdz * (jf - jx)
     df = beta * dz + (alpha - beta) * jdz      dbeta = sum dz * (f - jf)
 
-Both z and dbeta are computed from centred f: if the token mean dominates, beta * f - beta * jf and
-sum dz * f minus the mean's part would be small differences of large numbers.
+z and dbeta need centred f: if the mean dominates, beta * f - beta * jf has only rounding errors.
 
 Bytes, in passes: at least 3 forward and 5 backward. These kernels, in two sweeps:
 
@@ -61,7 +60,12 @@ from mvsplit_ops.triton_kernels._merge import (
     summed_rows_per_program,
     tile_rows,
 )
-from mvsplit_ops.triton_kernels._segments import block_tokens, encode_ends, segment_tokens
+from mvsplit_ops.triton_kernels._segments import (
+    add_up_last,
+    block_tokens,
+    encode_ends,
+    segment_tokens,
+)
 
 __all__ = ["find_missing", "mvsplit_rmsnorm_bwd", "mvsplit_rmsnorm_fwd"]
 
@@ -74,8 +78,7 @@ APPLY = {"ROWS": 16, "COLUMNS": 128, "num_warps": 4}
 APPLY_ROWS = 64
 # Partial rows and parameter gradients: 32 columns of fp32, 128 bytes, 32 rows at a time.
 REDUCE = {"ROWS": 32, "COLUMNS": 32, "num_warps": 4}
-# Most column sums of y of a segment, which its last block adds up.
-MOST_CARRIED = 32
+MOST_CARRIED = 32  # column sums of y of a segment, which its last block adds up
 
 
 def mvsplit_rmsnorm_fwd(
@@ -132,9 +135,8 @@ def mvsplit_rmsnorm_bwd(
     tile = choose_tile(D, "plain" if weight is None else "weighted backward")
     share = summed_rows_per_program(B * T, tile)
     count = count_blocks(segments, share)
-    partials = new_statistics(dy, params, B * count, D)
+    partials, parts = (new_statistics(dy, params, n, D) for n in (B * count, B * S))
     mean, jdz = new_statistics(dy, B, T), new_statistics(dy, B, S, D)
-    parts = new_statistics(dy, params, B * S, D)
     dx, df = new_empty(dy, dy.shape), new_empty(dy, dy.shape)
     dparams = [new_statistics(dy, D) for _ in range(params)]
     tensors = dy, saved, f, (alpha, beta, weight), (rstd, jx, jf, mean)
@@ -171,8 +173,7 @@ def _means(
     b, segment = unit // len(ends), unit % len(ends)
     begin, end, _, _ = segment_tokens(segment, ends, 1)
     d = part * COLUMNS + tl.arange(0, COLUMNS)
-    total_x = tl.zeros((COLUMNS,), tl.float64)
-    total_f = total_x
+    total_x, total_f = tl.zeros((COLUMNS,), tl.float64), tl.zeros((COLUMNS,), tl.float64)
     for block in range(begin, end, 2 * PAIRS * PLAIN_TILES):
         sum_x = tl.zeros((PAIRS, COLUMNS), jfs.dtype.element_ty)
         sum_f = sum_x
@@ -249,21 +250,7 @@ def _apply(
             total += sum_y
     if partials is not None:
         tl.store(partials + pid.to(tl.int64) * D + d, total, d < D)
-        _add_up_last(partials, tickets, jys, unit, b * count, segment, ends, share, D, BLOCK_D)
-
-
-@triton.jit
-def _add_up_last(
-    partials, tickets, jys, unit, base, segment, ends, share, D: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """In the last program of a segment to finish, add up the rows that its programs stored."""
-    begin, end, first, total = segment_tokens(segment, ends, share)
-    tl.debug_barrier()  # all threads have stored before one of them takes a ticket
-    if tl.atomic_add(tickets + unit, 1, sem="acq_rel") == total - 1:
-        d = tl.arange(0, BLOCK_D)
-        rows = partials + (base + first).to(tl.int64) * D
-        jy = mean_of(column_sum(rows, total, d, D, 4), end - begin)
-        tl.store(jys + unit.to(tl.int64) * D + d, jy, d < D)
+        add_up_last(partials, tickets, jys, unit, b * count, segment, ends, share, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["T", "share", "count"])
@@ -346,10 +333,9 @@ def _bwd_means(
     at = unit.to(tl.int64) * D + d
     rows = partials + (b * count + first).to(tl.int64) * D
     sum_dz = column_sum(rows, total, d, D, ROWS)
-    jx = tl.load(jxs + at, d < D, other=0)
-    jf = tl.load(jfs + at, d < D, other=0)
+    difference = tl.load(jfs + at, d < D, other=0) - tl.load(jxs + at, d < D, other=0)
     tl.store(jdzs + at, mean_of(sum_dz, end - begin), d < D)
-    tl.store(parts + at, sum_dz * (jf - jx), d < D)
+    tl.store(parts + at, sum_dz * difference, d < D)
     row, part = (B * count).to(tl.int64) * D, (B * len(ends)).to(tl.int64) * D
     for i in tl.static_range(1, PARAMS):
         tl.store(parts + i * part + at, column_sum(rows + i * row, total, d, D, ROWS), d < D)
@@ -391,14 +377,14 @@ def _bwd_apply(
         b, block = block // count, block % count
         segment, begin, end = block_tokens(block, ends, share)
         at = (b * len(ends) + segment).to(tl.int64) * D
-        bt, jdz = load_vector(beta, d, D), load_vector(jdzs + at, d, D)
-        to_dx = load_vector(alpha, d, D) * jdz
+        a, bt = load_vector(alpha, d, D)[None, :], load_vector(beta, d, D)[None, :]
+        jdz = load_vector(jdzs + at, d, D)[None, :]
+        to_dx = a * jdz
         to_df = bt * jdz - to_dx  # the negative of what is added
-        bt, to_dx, to_df = bt[None, :], to_dx[None, :], to_df[None, :]
         if weight is not None:
             w = load_vector(weight, d, D)[None, :]
-            jx, jf = load_vector(jxs + at, d, D), load_vector(jfs + at, d, D)
-            jf, shift = jf[None, :], (load_vector(alpha, d, D) * (jf - jx))[None, :]
+            jf = load_vector(jfs + at, d, D)[None, :]
+            shift = a * (jf - load_vector(jxs + at, d, D)[None, :])
         for first in range(begin, end, ROWS):
             t = first + tl.arange(0, ROWS)
             r, live = b.to(tl.int64) * T + t, t < end
