@@ -20,6 +20,7 @@
 #endif
 constexpr int GROUPS = THREADS / LANES, WARPS = THREADS / 32, CHUNKS = 4;
 constexpr int PLAIN = 0, ASYNC = 1, BULK = 2;  // values of COPY, see fetch
+using Total = Sum<LONG || (sizeof(T) > 2)>;    // of column sums
 static_assert(COPY == PLAIN || VEC * sizeof(T) == 16, "");
 
 struct Args {
@@ -207,20 +208,34 @@ DEVICE void load_staged(A (&values)[ITEMS][VEC], const A* columns, int slice, in
     }
 }
 // Store values of columns. Only the first group does, because all groups have the same values.
-DEVICE void write_columns(global<A> to, const Tile& tile, const A (&values)[ITEMS][VEC]) {
+template <typename V>
+DEVICE void write_columns(global<A> to, const Tile& tile, const V (&values)[ITEMS][VEC]) {
     if (group()) return;
 #pragma unroll
-    for (int i = 0; i < ITEMS; ++i)
-        if (column(i) < tile.width) store(to + tile.column0 + column(i), narrow<A>(values[i]));
+    for (int i = 0; i < ITEMS; ++i) {
+        A rounded[VEC];
+#pragma unroll
+        for (int j = 0; j < VEC; ++j) rounded[j] = (A)values[i][j];
+        if (column(i) < tile.width) store(to + tile.column0 + column(i), narrow<A>(rounded));
+    }
 }
 
-// Add one vector of `count` rows as a tree, whose sum of equal rows is exact.
+// Add one vector of `count` rows: as a tree, whose sum of equal rows is exact, or in double.
 template <int count>
-DEVICE void sum_warps(const A* rows, int slice, A (&sum)[VEC]) {
-    if constexpr (count == 1) {
-        widen<A, VEC>(load_shared<VEC>(rows), sum);
+DEVICE void sum_warps(const A* rows, int slice, Total (&sum)[VEC]) {
+    A values[VEC];
+    if constexpr (count == 1 || sizeof(Total) == 8) {
+        widen<A, VEC>(load_shared<VEC>(rows), values);
+#pragma unroll
+        for (int j = 0; j < VEC; ++j) sum[j] = values[j];
+#pragma unroll 2
+        for (int w = 1; w < count; ++w) {
+            widen<A, VEC>(load_shared<VEC>(rows + w * slice), values);
+#pragma unroll
+            for (int j = 0; j < VEC; ++j) sum[j] += values[j];
+        }
     } else {
-        A more[VEC];
+        Total more[VEC];
         sum_warps<count / 2>(rows, slice, sum);
         sum_warps<count / 2>(rows + count / 2 * slice, slice, more);
 #pragma unroll
@@ -229,22 +244,21 @@ DEVICE void sum_warps(const A* rows, int slice, A (&sum)[VEC]) {
 }
 
 // Replace the column sums of each thread by those of the block, added in a fixed order.
-DEVICE void sum_columns(A (&sums)[ITEMS][VEC], A* columns, int slice) {
+DEVICE void sum_columns(Total (&sums)[ITEMS][VEC], A* columns, int slice) {
     int warp = tid() / 32;
     barrier_sync();
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
+        A rounded[VEC];
 #pragma unroll
-        for (int j = 0; j < VEC; ++j) sums[i][j] = sum_lanes<32 / LANES>(sums[i][j], LANES);
+        for (int j = 0; j < VEC; ++j) rounded[j] = (A)sum_lanes<32 / LANES>(sums[i][j], LANES);
         if (tid() % 32 < LANES && column(i) < slice)
-            store_shared(columns + warp * slice + column(i), narrow<A>(sums[i]));
+            store_shared(columns + warp * slice + column(i), narrow<A>(rounded));
     }
     barrier_sync();
 #pragma unroll
-    for (int i = 0; i < ITEMS; ++i) {
-        if (column(i) >= slice) continue;
-        sum_warps<WARPS>(columns + column(i), slice, sums[i]);
-    }
+    for (int i = 0; i < ITEMS; ++i)
+        if (column(i) < slice) sum_warps<WARPS>(columns + column(i), slice, sums[i]);
 }
 
 DEVICE void store_remote(u32 address, float v) { st_shared_cluster_b32(address, mov_b32(v)); }

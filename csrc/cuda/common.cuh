@@ -29,9 +29,22 @@ struct accumulator<double> {
 using A = accumulator<T>::type;  // dtype of arithmetic, sums and statistics
 
 // Values need not average out: the error of a plain sum of n equal terms is up to n / 4 roundings.
-// At most about RUN terms are therefore added one after another in A; sums that may be longer add
-// the sums of such runs in double.
+// Sums of more than about 2 RUN terms are therefore added in double, or in runs of RUN terms whose
+// sums are added in double.
 constexpr int RUN = 16;
+// Whether a merge subtracts the means of f from f. For 16-bit rows they are part of one vector per
+// segment, which saves registers: the rounding of a row is larger than the error of the difference.
+constexpr bool CENTRED = sizeof(T) > 2;
+template <bool many>
+struct sum_type {
+    using type = A;
+};
+template <>
+struct sum_type<true> {
+    using type = double;
+};
+template <bool many>
+using Sum = typename sum_type<many>::type;
 
 // An address in global memory, accessed only by load() and store(). 0 means that there is no
 // tensor.
@@ -194,39 +207,11 @@ DEVICE double shuffle_from(double v, int lane) {
 }
 
 // Sum over `count` lanes whose indices differ by `step`.
-template <int count>
-DEVICE A sum_lanes(A v, int step = 1) {
+template <int count, typename V>
+DEVICE V sum_lanes(V v, int step = 1) {
 #pragma unroll
     for (int d = count / 2; d > 0; d /= 2) v += shuffle_xor(v, d * step);
     return v;
-}
-
-// A sum of terms that fold() divides into runs; without RUNS a plain sum.
-template <bool RUNS>
-struct Sum {
-    A run = 0;
-    double total = 0;
-    DEVICE void fold() {
-        if (RUNS) total += run, run = 0;
-    }
-    DEVICE A value() const { return RUNS ? (A)(total + run) : run; }
-};
-
-// The same for sums of columns: fold() ends a run, finish() leaves the sums in `run`.
-template <int M, int N>
-DEVICE void fold(A (&run)[M][N], double (&total)[M][N]) {
-#pragma unroll
-    for (int i = 0; i < M; ++i)
-#pragma unroll
-        for (int j = 0; j < N; ++j) total[i][j] += run[i][j], run[i][j] = 0;
-}
-template <int M, int N>
-DEVICE void finish(A (&run)[M][N], double (&total)[M][N]) {
-    fold(run, total);
-#pragma unroll
-    for (int i = 0; i < M; ++i)
-#pragma unroll
-        for (int j = 0; j < N; ++j) run[i][j] = (A)total[i][j];
 }
 
 // Add `count` values that are `step` elements apart; the loads of a run are in flight at once.

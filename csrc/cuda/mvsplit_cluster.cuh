@@ -17,9 +17,6 @@
 #pragma once
 #include <cluster.cuh>
 
-// Whether a thread has added RUN rows, the last of which is `row` or in the round from `row` on.
-DEVICE bool is_end_of_run(int row) { return row / GROUPS % RUN == RUN - 1; }
-
 #if !BACKWARD
 KERNEL(cluster_fwd, Args, THREADS, THREADS > 256 || LONG ? 1 : ITEMS == 1 && !WEIGHT ? 3 : 2) {
     Tile tile(args);
@@ -41,8 +38,7 @@ KERNEL(cluster_fwd, Args, THREADS, THREADS > 256 || LONG ? 1 : ITEMS == 1 && !WE
     if (WEIGHT) load_staged(weight, columns, layout.slice, 2);
     if (args.input_jx) load_staged(input_jx, columns, layout.slice, 3);
 
-    A jx[ITEMS][VEC] = {}, jf[ITEMS][VEC] = {};
-    double total_jx[ITEMS][VEC] = {}, total_jf[ITEMS][VEC] = {};
+    Total sum_x[ITEMS][VEC] = {}, sum_f[ITEMS][VEC] = {};
     Arrivals arrivals(tile, layout);
     for (int first = 0; first < tile.rows; first += GROUPS) {
         int row = first + group();
@@ -54,22 +50,21 @@ KERNEL(cluster_fwd, Args, THREADS, THREADS > 256 || LONG ? 1 : ITEMS == 1 && !WE
             read(xs, layout.slice, row, i, x);
             read(fs, layout.slice, row, i, f);
 #pragma unroll
-            for (int j = 0; j < VEC; ++j) jx[i][j] += x[j], jf[i][j] += f[j];
+            for (int j = 0; j < VEC; ++j) sum_x[i][j] += x[j], sum_f[i][j] += f[j];
         }
-        if (LONG && is_end_of_run(first)) fold(jx, total_jx), fold(jf, total_jf);
     }
-    if (LONG) finish(jx, total_jx), finish(jf, total_jf);
-    sum_columns(jf, columns, layout.slice);
-    if (!args.input_jx) sum_columns(jx, columns, layout.slice);
+    sum_columns(sum_f, columns, layout.slice);
+    if (!args.input_jx) sum_columns(sum_x, columns, layout.slice);
 
-    A shift[ITEMS][VEC], per_token = (A)1 / tile.Ts;
+    A jx[ITEMS][VEC], jf[ITEMS][VEC], shift[ITEMS][VEC];
+    Total per_token = (Total)1 / tile.Ts;
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i)
 #pragma unroll
         for (int j = 0; j < VEC; ++j) {
-            jf[i][j] *= per_token;
-            jx[i][j] = args.input_jx ? input_jx[i][j] : jx[i][j] * per_token;
-            shift[i][j] = alpha[i][j] * (jf[i][j] - jx[i][j]);
+            jf[i][j] = (A)(sum_f[i][j] * per_token);
+            jx[i][j] = args.input_jx ? input_jx[i][j] : (A)(sum_x[i][j] * per_token);
+            shift[i][j] = shift_of(alpha[i][j], beta[i][j], jx[i][j], jf[i][j]);
         }
     // Compute z of one vector of a row.
     auto merge = [&](int row, int i, A(&z)[VEC]) {
@@ -77,7 +72,10 @@ KERNEL(cluster_fwd, Args, THREADS, THREADS > 256 || LONG ? 1 : ITEMS == 1 && !WE
         read(xs, layout.slice, row, i, z);
         read(fs, layout.slice, row, i, f);
 #pragma unroll
-        for (int j = 0; j < VEC; ++j) z[j] = z[j] + shift[i][j] + beta[i][j] * (f[j] - jf[i][j]);
+        for (int j = 0; j < VEC; ++j) {
+            if (CENTRED) f[j] -= jf[i][j];
+            z[j] += beta[i][j] * f[j] + shift[i][j];
+        }
     };
     for (int first = 0; first < tile.rows; first += GROUPS) {
         int row = first + group();
@@ -104,8 +102,7 @@ KERNEL(cluster_fwd, Args, THREADS, THREADS > 256 || LONG ? 1 : ITEMS == 1 && !WE
         int row = tile.rank * tile.rows_per_rank() + i;
         if (row < tile.rows) store_one(args.rstd + tile.row0 + row, rstds[row]);
     }
-    A jy[ITEMS][VEC] = {};
-    double total_jy[ITEMS][VEC] = {};
+    Total sum_y[ITEMS][VEC] = {};
     for (int row = group(); row < tile.rows; row += GROUPS) {
         A rstd = rstds[row];
 #pragma unroll
@@ -120,17 +117,16 @@ KERNEL(cluster_fwd, Args, THREADS, THREADS > 256 || LONG ? 1 : ITEMS == 1 && !WE
             if (!CARRY) continue;
             widen<T, VEC>(y, z);
 #pragma unroll
-            for (int j = 0; j < VEC; ++j) jy[i][j] += z[j];
+            for (int j = 0; j < VEC; ++j) sum_y[i][j] += z[j];
         }
-        if (CARRY && LONG && is_end_of_run(row)) fold(jy, total_jy);
     }
     if (!CARRY) return;
-    if (LONG) finish(jy, total_jy);
-    sum_columns(jy, columns, layout.slice);
+    sum_columns(sum_y, columns, layout.slice);
+    A jy[ITEMS][VEC];
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i)
 #pragma unroll
-        for (int j = 0; j < VEC; ++j) jy[i][j] *= per_token;
+        for (int j = 0; j < VEC; ++j) jy[i][j] = (A)(sum_y[i][j] * per_token);
     write_columns(args.jy + unit, tile, jy);
 }
 
@@ -160,23 +156,22 @@ KERNEL(cluster_bwd, Args, THREADS, THREADS > 256 || LONG ? 1 : 2) {
     load_staged(jf, columns, layout.slice, 3);
     if (WEIGHT) load_staged(weight, columns, layout.slice, 4);
 
-    // Compute g (before the weight), n and f - jf of one vector of a row.
+    // Compute g (before the weight), n and f, if CENTRED minus jf, of one vector of a row.
     auto gradient = [&](int row, int i, A(&g)[VEC], A(&n)[VEC], A(&f)[VEC]) {
         read(dys, layout.slice, row, i, g);
         read(saved, layout.slice, row, i, n);
         read(fs, layout.slice, row, i, f);
 #pragma unroll
-        for (int j = 0; j < VEC; ++j) f[j] -= jf[i][j];
+        for (int j = 0; CENTRED && j < VEC; ++j) f[j] -= jf[i][j];
         if (!WEIGHT) return;
         A rstd = rstds[row];
 #pragma unroll
         for (int j = 0; j < VEC; ++j) {
-            A shift = alpha[i][j] * (jf[i][j] - jx[i][j]);
-            n[j] = (n[j] + shift + beta[i][j] * f[j]) * rstd;
+            A shift = shift_of(alpha[i][j], beta[i][j], jx[i][j], jf[i][j]);
+            n[j] = (n[j] + (beta[i][j] * f[j] + shift)) * rstd;
         }
     };
-    A sum_dz[ITEMS][VEC] = {}, sum_dzf[ITEMS][VEC] = {}, sum_dyn[ITEMS][VEC] = {};
-    double total_dz[ITEMS][VEC] = {}, total_dzf[ITEMS][VEC] = {}, total_dyn[ITEMS][VEC] = {};
+    Total sum_dz[ITEMS][VEC] = {}, sum_dzf[ITEMS][VEC] = {}, sum_dyn[ITEMS][VEC] = {};
     Arrivals arrivals(tile, layout);
     for (int first = 0; first < tile.rows; first += GROUPS) {
         int row = first + group();
@@ -199,10 +194,9 @@ KERNEL(cluster_bwd, Args, THREADS, THREADS > 256 || LONG ? 1 : 2) {
         }
         product = sum_lanes<LANES>(product);
         if (lane() == 0 && live) sums[row] = product;
-        if (WEIGHT && LONG && is_end_of_run(first)) fold(sum_dyn, total_dyn);
     }
-    if (WEIGHT && LONG) finish(sum_dyn, total_dyn);
-    A per_column = (A)1 / (A)args.D, per_token = (A)1 / tile.Ts;
+    A per_column = (A)1 / (A)args.D;
+    Total per_token = (Total)1 / tile.Ts;
     reduce_rows(tile, sums, means, [&](A sum) { return sum * per_column; });
 
     auto dz_of = [&](int row, int i, A(&dz)[VEC], A(&f)[VEC]) {
@@ -223,12 +217,10 @@ KERNEL(cluster_bwd, Args, THREADS, THREADS > 256 || LONG ? 1 : 2) {
 #pragma unroll
             for (int j = 0; j < VEC; ++j) {
                 sum_dz[i][j] += dz[j];
-                sum_dzf[i][j] += dz[j] * f[j];
+                sum_dzf[i][j] += dz[j] * (CENTRED ? f[j] : f[j] - jf[i][j]);
             }
         }
-        if (LONG && is_end_of_run(row)) fold(sum_dz, total_dz), fold(sum_dzf, total_dzf);
     }
-    if (LONG) finish(sum_dz, total_dz), finish(sum_dzf, total_dzf);
     sum_columns(sum_dz, columns, layout.slice);
     sum_columns(sum_dzf, columns, layout.slice);
     if (WEIGHT) sum_columns(sum_dyn, columns, layout.slice);
@@ -242,7 +234,7 @@ KERNEL(cluster_bwd, Args, THREADS, THREADS > 256 || LONG ? 1 : 2) {
     for (int i = 0; i < ITEMS; ++i)
 #pragma unroll
         for (int j = 0; j < VEC; ++j) {
-            jdz[i][j] = sum_dz[i][j] * per_token;
+            jdz[i][j] = (A)(sum_dz[i][j] * per_token);
             to_dx[i][j] = alpha[i][j] * jdz[i][j];
             sum_dz[i][j] *= jf[i][j] - jx[i][j];  // the segment's part of dalpha
         }

@@ -7,9 +7,9 @@
 //   dx = dz - alpha * jdz                   dalpha = sum_{b,s} Ts * jdz * (jf - jx)
 //   df = beta * (dz - jdz) + alpha * jdz    dbeta = sum dz * (f - jf)     dweight = sum dy * n
 //
-// f and dz are centred before anything else. If the token mean dominates them, as in a collapsed
-// block, beta * f - beta * jf and sum dz * f minus the part of the mean would be small differences
-// of large numbers.
+// f and dz are centred first. If the token mean dominates them, as in a collapsed block, sum dz * f
+// minus the part of the mean would be a small difference of large numbers; so would beta * f -
+// beta * jf, which 16-bit rows accept (CENTRED in common.cuh).
 //
 // Two plans compute the same formulas. mvsplit_cluster.cuh reads each tensor once (3 passes
 // forward, 5 backward) and needs a segment that fits the shared memory of a cluster.
@@ -25,8 +25,14 @@ struct Segment {
 };
 
 #ifndef LONG
-#define LONG 0  // a thread adds more than RUN rows to the means: they are divided into runs
+#define LONG 0  // a thread adds more than RUN rows to the sums of columns
 #endif
+
+DEVICE A shift_of(A alpha, A beta, A jx, A jf) {
+    A shift = alpha * (jf - jx);
+    return CENTRED ? shift : shift - beta * jf;
+}
+
 #if CLUSTER
 #include <mvsplit_cluster.cuh>
 #else

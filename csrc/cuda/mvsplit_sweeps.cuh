@@ -10,6 +10,7 @@
 // a segment has more than 32 * RUN rows; blocks that sum rows have few (rows_per_block).
 // Deterministic: rows of a block and partial rows are added in a fixed order.
 #pragma once
+#define SHIFT 1
 #include <rows.cuh>
 
 struct Args {
@@ -51,10 +52,11 @@ DEVICE void stage_vector(global<A> from, A* to, int D) {
 
 DEVICE void stage_shift(const Args& args, i64 unit, A* to, int D) {
     for (int d = tid(); d < D; d += THREADS) {
-        A alpha[1];
+        A alpha[1], beta[1];
         load_parameter<1>(args.alpha, d, true, alpha);
+        load_parameter<1>(args.beta, d, true, beta);
         A jx = load_one(args.jx + unit * D + d), jf = load_one(args.jf + unit * D + d);
-        to[d] = alpha[0] * (jf - jx);
+        to[d] = shift_of(alpha[0], beta[0], jx, jf);
     }
 }
 
@@ -106,27 +108,21 @@ KERNEL(sweep_means, Args, 256, 3) {
     int column_lane = tid() % COLUMN_LANES, row_group = tid() / COLUMN_LANES;
     i64 d = (ctaid() % slices * COLUMN_LANES + column_lane) * VEC;
     bool live = d < args.D;
-    A sum_x[1][VEC] = {}, sum_f[1][VEC] = {};
-    double total_x[1][VEC] = {}, total_f[1][VEC] = {};
-    int run = LONG ? RUN * ROWS_AT_ONCE : segment.end - segment.begin;
-    for (i64 first = segment.begin; live && first < segment.end; first += run) {
-        i64 end = first + run < segment.end ? first + run : segment.end;
+    Sum<LONG || (sizeof(T) > 2)> sum_x[VEC] = {}, sum_f[VEC] = {};
+    if (live)
 #pragma unroll 2
-        for (i64 t = first + row_group; t < end; t += ROWS_AT_ONCE) {
+        for (i64 t = segment.begin + row_group; t < segment.end; t += ROWS_AT_ONCE) {
             i64 offset = (b * args.tokens + t) * args.D + d;
             A x[VEC] = {}, f[VEC];
             if (!args.input_jx) widen<T, VEC>(load<VEC>(args.x + offset), x);
             widen<T, VEC>(load<VEC>(args.f + offset), f);
 #pragma unroll
-            for (int j = 0; j < VEC; ++j) sum_x[0][j] += x[j], sum_f[0][j] += f[j];
+            for (int j = 0; j < VEC; ++j) sum_x[j] += x[j], sum_f[j] += f[j];
         }
-        if (LONG) fold(sum_x, total_x), fold(sum_f, total_f);
-    }
-    if (LONG) finish(sum_x, total_x), finish(sum_f, total_f);
     A(*parts)[256][VEC] = (A(*)[256][VEC])dynamic_shared();
 #pragma unroll
     for (int j = 0; j < VEC; ++j)
-        parts[0][tid()][j] = sum_x[0][j], parts[1][tid()][j] = sum_f[0][j];
+        parts[0][tid()][j] = (A)sum_x[j], parts[1][tid()][j] = (A)sum_f[j];
     barrier_sync();
     // Half of the groups remain after each step: the sum of equal parts is exact.
     for (int half = ROWS_AT_ONCE / 2; half; half /= 2) {
@@ -140,14 +136,15 @@ KERNEL(sweep_means, Args, 256, 3) {
     }
     if (row_group || !live) return;
     i64 offset = (b * args.S + segment.index) * args.D + d;
-    A alpha[VEC], jx[VEC], jf[VEC], shift[VEC], Ts = segment.end - segment.begin;
+    A alpha[VEC], beta[VEC], jx[VEC], jf[VEC], shift[VEC], Ts = segment.end - segment.begin;
     load_parameter<VEC>(args.alpha, d, true, alpha);
+    load_parameter<VEC>(args.beta, d, true, beta);
     if (args.input_jx) widen<A, VEC>(load<VEC>(args.input_jx + offset), jx);
 #pragma unroll
     for (int j = 0; j < VEC; ++j) {
         if (!args.input_jx) jx[j] = parts[0][tid()][j] / Ts;
         jf[j] = parts[1][tid()][j] / Ts;
-        shift[j] = alpha[j] * (jf[j] - jx[j]);
+        shift[j] = shift_of(alpha[j], beta[j], jx[j], jf[j]);
     }
     if (!args.input_jx) store(args.jx + offset, narrow<A>(jx));
     store(args.jf + offset, narrow<A>(jf));
@@ -158,11 +155,11 @@ KERNEL(sweep_apply, Args, THREADS, RESIDENT) {
     int D = (int)args.D;
     Block block = block_at(args);
     Shared shared(D);
-    A *beta = shared.allocate(), *jf = shared.allocate(), *shift = shared.allocate();
+    A *beta = shared.allocate(), *jf = shared.allocate(CENTRED), *shift = shared.allocate();
     A* weight = shared.allocate(WEIGHT);
     stage(args.beta, beta, D);
     if (WEIGHT) stage(args.weight, weight, D);
-    stage_vector(args.jf + block.unit * D, jf, D);
+    if (CENTRED) stage_vector(args.jf + block.unit * D, jf, D);
     stage_vector(args.shift + block.unit * D, shift, D);
     barrier_sync();
     ForwardOperands operands = {args.x, args.f, args.y,         args.rstd, beta,       jf,
@@ -187,9 +184,9 @@ KERNEL(sweep_reduce, Args, THREADS, RESIDENT) {
     BackwardOperands operands = {args.dy, args.x, args.f, args.rstd,      beta,
                                  jf,      shift,  weight, shared.scratch, D};
     A sum_dz[ITEMS][VEC] = {}, sum_dzf[ITEMS][VEC] = {}, dweight[ITEMS][VEC] = {};
-    for (i64 first = block.begin; first < block.end; first += GROUPS) {
-        i64 r = first + group();
-        bool live = r < block.end;
+    for (GroupRows<true> rows(block.begin, block.end); rows.left(); rows.advance()) {
+        i64 r = rows.next;
+        bool live = r < rows.end;
         Row f;
         A dz[ITEMS][VEC];
         A mean = backward_row(operands, r, live, turn, f, dz, dweight);

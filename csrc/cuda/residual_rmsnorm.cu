@@ -53,10 +53,10 @@ KERNEL(residual_bwd, Args, THREADS, RESIDENT) {
     BackwardOperands operands = {args.dy, args.x,  args.f, args.rstd,      scale,
                                  nullptr, nullptr, weight, shared.scratch, D};
     A dscale[ITEMS][VEC] = {}, dweight[ITEMS][VEC] = {};
-    i64 end = end_row(args);
-    for (i64 first = first_row(args); first < end; first += GROUPS) {
-        i64 r = first + group();
-        bool live = r < end;
+    GroupRows<SCALE || WEIGHT> rows(first_row(args), end_row(args));
+    for (; rows.left(); rows.advance()) {
+        i64 r = rows.next;
+        bool live = r < rows.end;
         Row f;
         A dz[ITEMS][VEC];
         backward_row(operands, r, live, turn, f, dz, dweight);

@@ -230,15 +230,14 @@ DEVICE void multiply(Pairs& p, const Pairs& factors) {
 
 // Return the sum of a * b over the head, on each of its lanes.
 DEVICE A inner_product(const Pairs& a, const Pairs& b) {
-    Sum<(2 * ITEMS * VEC > 2 * RUN)> sum;
+    Sum<(ITEMS * VEC > RUN)> sum = 0;
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
 #pragma unroll
         for (int j = 0; j < VEC; ++j)
-            sum.run += a.first[i][j] * b.first[i][j] + a.second[i][j] * b.second[i][j];
-        sum.fold();
+            sum += a.first[i][j] * b.first[i][j] + a.second[i][j] * b.second[i][j];
     }
-    return sum_lanes<LANES>(sum.value());
+    return sum_lanes<LANES>((A)sum);
 }
 
 template <bool WEIGHTED>
@@ -280,12 +279,9 @@ DEVICE void forward(const Args& args, const Side& side, const Token& token, cons
     }
 }
 
-// Sums of dw: of a run, and if LONG of the runs before it.
+using WeightSum = Sum<LONG || (sizeof(T) > 2)>;
 struct WeightSums {
-    Pairs run;
-    double first[ITEMS][VEC], second[ITEMS][VEC];
-    DEVICE void fold() { ::fold(run.first, first), ::fold(run.second, second); }
-    DEVICE void finish() { ::finish(run.first, first), ::finish(run.second, second); }
+    WeightSum first[ITEMS][VEC], second[ITEMS][VEC];
 };
 
 template <bool WEIGHTED>
@@ -327,8 +323,8 @@ DEVICE void backward(const Args& args, const Side& side, const Token& token, con
                 for (int i = 0; i < ITEMS; ++i)
 #pragma unroll
                     for (int j = 0; j < VEC; ++j) {  // zero if there is no such head
-                        dweight.run.first[i][j] += g.first[i][j] * n.first[i][j];
-                        dweight.run.second[i][j] += g.second[i][j] * n.second[i][j];
+                        dweight.first[i][j] += g.first[i][j] * n.first[i][j];
+                        dweight.second[i][j] += g.second[i][j] * n.second[i][j];
                     }
                 multiply(g, weight);
             }
@@ -343,15 +339,11 @@ DEVICE void backward(const Args& args, const Side& side, const Token& token, con
             if (!NORM_FIRST) rotate<-1>(angles, g);
             store_pairs(args, dx + h * args.D, token.live && h < heads, g);
         }
-        if (WEIGHTED && LONG && (first % RUN == RUN - BATCH || first + BATCH >= heads))
-            dweight.fold();
     }
 }
 
 // Store the sum of dw over the tokens and heads of this block, one partial row.
-DEVICE void store_dweight(const Args& args, const Side& side, WeightSums& sums) {
-    if (LONG) sums.finish();
-    const Pairs& dweight = sums.run;
+DEVICE void store_dweight(const Args& args, const Side& side, const WeightSums& dweight) {
     A* parts = (A*)dynamic_shared();  // [warps][D]
     int D = (int)args.D, warp = tid() / 32;
     barrier_sync();
@@ -359,8 +351,8 @@ DEVICE void store_dweight(const Args& args, const Side& side, WeightSums& sums) 
     for (int i = 0; i < ITEMS; ++i)
 #pragma unroll
         for (int j = 0; j < VEC; ++j) {
-            A first = sum_lanes<32 / LANES>(dweight.first[i][j], LANES);
-            A second = sum_lanes<32 / LANES>(dweight.second[i][j], LANES);
+            A first = (A)sum_lanes<32 / LANES>(dweight.first[i][j], LANES);
+            A second = (A)sum_lanes<32 / LANES>(dweight.second[i][j], LANES);
             int pair = pair_of(i);
             if (tid() % 32 >= LANES || !has_pair(args, pair)) continue;
             int d = INTERLEAVED ? 2 * (pair + j) : pair + j;

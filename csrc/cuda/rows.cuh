@@ -24,12 +24,15 @@
 #ifndef CARRY
 #define CARRY 0  // forward also sums the rows of y
 #endif
+#ifndef SHIFT
+#define SHIFT 0  // z also depends on the means of a segment
+#endif
 // Threads for which the registers of an SM must suffice: 85 registers each forward with one gain
 // and 16-bit rows, 128 with more, 170 if backward has the sums of two gains.
-constexpr int EXTRAS = WEIGHT + CARRY + (sizeof(T) > 2);
+constexpr int EXTRAS = WEIGHT + CARRY + (sizeof(T) > 2) * (1 + CARRY);
 constexpr int SM_THREADS = BACKWARD      ? (WEIGHT ? 384 : 512)
                            : EXTRAS == 0 ? 768
-                           : EXTRAS == 3 ? 256
+                           : EXTRAS >= 3 ? 256
                                          : 512;
 constexpr int RESIDENT = THREADS < SM_THREADS ? SM_THREADS / THREADS : 1;
 constexpr int GROUPS = THREADS / LANES;  // rows that a block processes at the same time
@@ -39,6 +42,21 @@ constexpr bool WIDE = ITEMS * VEC > 2 * RUN;  // many elements of a row per thre
 DEVICE int lane() { return tid() % LANES; }
 DEVICE int group() { return tid() / LANES; }
 DEVICE int column(int item) { return (lane() + item * LANES) * VEC; }
+
+// The rows of [begin, end) that a group processes. Each group takes adjacent rows if their sums are
+// wanted: values whose signs alternate from token to token then cancel before they grow.
+template <bool SUM>
+struct GroupRows {
+    i64 next, end, rounds;
+    DEVICE GroupRows(i64 begin, i64 block_end) : next(begin + group()), end(block_end) {
+        rounds = ceil_div<i64>(block_end - begin, GROUPS);
+        if (!SUM) return;
+        next = begin + group() * rounds;
+        if (next + rounds < end) end = next + rounds;
+    }
+    DEVICE bool left() const { return rounds > 0; }  // the same for all threads of a block
+    DEVICE void advance() { --rounds, next += SUM ? 1 : GROUPS; }
+};
 
 // Shared memory, in A: 2 * WARPS sums of warps, the vectors of D that a kernel allocates, and
 // GROUPS rows of D for sums over rows.
@@ -105,7 +123,8 @@ DEVICE void read(global<A> from, int item, int D, A (&out)[VEC]) {
     widen<A, VEC>(load<VEC>(from + (column(item) < D ? column(item) : 0)), out);
 }
 
-// Compute one vector of z = x + scale * (f - centre) + shift; `shift` is null if both are 0.
+// Compute one vector of z = x + scale * (f - centre) + shift, without SHIFT of x + scale * f. If
+// f is not CENTRED, `shift` includes -scale * centre.
 template <typename Means>
 DEVICE void merge(const Row& x, const Row& f, const A* scale, Means centre, const A* shift,
                   int item, int D, A (&z)[VEC]) {
@@ -113,11 +132,13 @@ DEVICE void merge(const Row& x, const Row& f, const A* scale, Means centre, cons
     widen<T, VEC>(x.vectors[item], z);
     widen<T, VEC>(f.vectors[item], branch);
     if (SCALE) read(scale, item, D, s);
-    if (shift) read(centre, item, D, means), read(shift, item, D, more);
+    if (SHIFT) read(shift, item, D, more);
+    if (SHIFT && CENTRED) read(centre, item, D, means);
 #pragma unroll
     for (int j = 0; j < VEC; ++j) {
-        if (shift) branch[j] -= means[j], z[j] += more[j];
-        z[j] += SCALE ? s[j] * branch[j] : branch[j];
+        if (SHIFT && CENTRED) branch[j] -= means[j];
+        if (SCALE) branch[j] *= s[j];
+        z[j] += SHIFT ? branch[j] + more[j] : branch[j];
     }
 }
 
@@ -134,23 +155,22 @@ template <bool SUM>
 DEVICE void forward_rows(const ForwardOperands& operands, i64 begin, i64 end,
                          A (&sums)[ITEMS][VEC]) {
     int D = operands.D, turn = 0;
-    for (i64 first = begin; first < end; first += GROUPS) {
-        i64 r = first + group();
-        bool live = r < end;
+    for (GroupRows<SUM> rows(begin, end); rows.left(); rows.advance()) {
+        i64 r = rows.next;
+        bool live = r < rows.end;
         Row x, f;
         load_row(operands.x + r * D, live, D, x);
         load_row(operands.f + r * D, live, D, f);
         A z[ITEMS][VEC];
-        Sum<WIDE> squares;
+        Sum<WIDE> squares = 0;
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
             merge(x, f, operands.scale, operands.centre, operands.shift, i, D, z[i]);
             bool inside = column(i) < D;
 #pragma unroll
-            for (int j = 0; j < VEC; ++j) squares.run += inside ? z[i][j] * z[i][j] : 0;
-            squares.fold();
+            for (int j = 0; j < VEC; ++j) squares += inside ? z[i][j] * z[i][j] : 0;
         }
-        A mean = sum_row(squares.value(), operands.scratch, turn) / D;
+        A mean = sum_row((A)squares, operands.scratch, turn) / D;
         A rstd = reciprocal_root(mean + operands.eps);
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
@@ -187,7 +207,7 @@ DEVICE A backward_row(const BackwardOperands& operands, i64 r, bool live, int& t
     if (BRANCH || SCALE) load_row(operands.f + r * D, live, D, f);
     A rstd = live ? load_one(operands.rstd + r) : 0;
     A n[ITEMS][VEC];
-    Sum<WIDE> product;
+    Sum<WIDE> product = 0;
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
         widen<T, VEC>(dy.vectors[i], dz[i]);
@@ -204,11 +224,10 @@ DEVICE A backward_row(const BackwardOperands& operands, i64 r, bool live, int& t
                 dweight[i][j] += dz[i][j] * n[i][j];
                 dz[i][j] *= w[j];
             }
-            product.run += dz[i][j] * n[i][j];  // dy is zero beyond the end of the row
+            product += dz[i][j] * n[i][j];  // dy is zero beyond the end of the row
         }
-        product.fold();
     }
-    A mean = sum_row(product.value(), operands.scratch, turn) / D;
+    A mean = sum_row((A)product, operands.scratch, turn) / D;
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i)
 #pragma unroll
