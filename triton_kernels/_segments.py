@@ -28,7 +28,7 @@ def block_tokens(block, ends, share):
         count = tl.cdiv(end - start, share)
         inside = (block >= first) & (block < first + count)
         segment = tl.where(inside, s, segment)
-        begin = tl.where(inside, start + (block - first) * share, begin)
+        begin = tl.where(inside, start + (block - first).to(end.dtype) * share, begin)
         stop = tl.where(inside, end, stop)
         start, first = end, first + count
     return segment, begin, tl.minimum(begin + share, stop)

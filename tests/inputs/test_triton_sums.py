@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mvsplit_ops as mv
 from mvsplit_ops import reference
-from mvsplit_ops.triton_kernels import _common, _heads, _merge, swiglu
+from mvsplit_ops.triton_kernels import _common, _heads, _merge, _segments, swiglu
 from tests.inputs.runs import require_all_accurate, run, run_exact_and_eager
 from tests.inputs.test_structured_values import (
     STRUCTURES,
@@ -71,6 +73,26 @@ def test_an_infinite_partial_sum_gives_infinity_and_not_nan():
     partials[0, 7, 1], partials[0, 9, 2] = torch.inf, torch.nan
     (sums,) = _common.sum_rows(partials)
     assert sums[0] == 40 and sums[1] == torch.inf and sums[2].isnan()
+
+
+@triton.jit
+def _store_tokens(out, block, ends, share):
+    segment, begin, end = _segments.block_tokens(block, ends, share)
+    tl.store(out, segment)
+    tl.store(out + 1, begin)
+    tl.store(out + 2, end)
+
+
+@pytest.mark.parametrize("T", [100, 2**30 - 1, 2**32, 2**40])
+def test_blocks_begin_where_they_should_in_segments_of_any_length(T):
+    segments, share = (T - 10, 10), 7
+    blocks = -(-(T - 10) // share)
+    out = torch.empty(3, dtype=torch.int64)
+    for block in (0, blocks - 1, blocks, blocks + 1):
+        _store_tokens[(1,)](out, block, _segments.encode_ends(segments), share)
+        segment = int(block >= blocks)
+        begin = T - 10 + (block - blocks) * share if segment else block * share
+        assert out.tolist() == [segment, begin, min(begin + share, T if segment else T - 10)]
 
 
 class Operations(TorchDispatchMode):
