@@ -4,7 +4,6 @@ The `require_` functions check the arguments of a backward kernel, so that it ca
 bounds; mvsplit_ops/_check.py checks what a user passes to an operator.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -228,26 +227,34 @@ def row_stride(t: Tensor) -> int | None:
     """Return the elements from a row (the last dimension) to the next; None if it varies."""
     if t.is_contiguous():  # also where dimensions of size 1 have other strides
         return t.shape[-1]
-    if t.stride(-1) != 1 and t.shape[-1] > 1:
+    (*sizes, width), (*strides, unit) = t.shape, t.stride()
+    if unit != 1 and width > 1:
         return None
-    outer = [(n, s) for n, s in zip(t.shape[:-1], t.stride()[:-1], strict=True) if n != 1]
-    nested = all(s == n * inner for (_, s), (n, inner) in itertools.pairwise(outer))
-    return outer[-1][1] if nested else None
+    row = following = None  # `following`: the stride with which the dimension outside continues
+    for n, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if n == 1:
+            continue
+        if row is None:
+            row = stride
+        elif stride != following:
+            return None
+        following = n * stride
+    return row
 
 
 def table_strides(tables: Tables, x: Tensor) -> TableStrides:
     """Check cos and sin, and return the strides of cos and of sin, once if they are equal."""
     if not tables:
         return ()
+    cos, sin = tables
     B, T, _, D = x.shape
-    strides = []
-    for name, t in zip(("cos", "sin"), tables, strict=True):
-        samples = 1 if t.dim() == 2 or t.shape[0] == 1 else B
-        length = max(T, t.shape[-2])
-        shape = (samples, length, D // 2) if t.dim() == 3 else (length, D // 2)
-        require(name, t, shape, *TABLE_DTYPES)
-        strides.append((t.stride(0) if samples > 1 else 0, t.stride(-2), t.stride(-1)))
-    return tuple(dict.fromkeys(strides))
+    shared = cos.dim() == 2 or cos.shape[0] == 1
+    samples = () if cos.dim() == 2 else (1 if shared else B,)
+    shape = *samples, max(T, cos.shape[-2]), D // 2
+    require("cos", cos, shape, *TABLE_DTYPES)
+    require("sin", sin, shape, *TABLE_DTYPES)
+    strides = [cos.stride()] if cos.stride() == sin.stride() else [cos.stride(), sin.stride()]
+    return tuple((0 if shared else s[0], s[-2], s[-1]) for s in strides)
 
 
 def prepare_tables(tables: Tables, x: Tensor) -> tuple[Tables, tuple[int, ...]]:
