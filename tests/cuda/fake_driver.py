@@ -21,7 +21,8 @@ from mvsplit_ops._cuda.launch import Launch, Program
 SWIGLU = Program("swiglu", ("DTYPE=bfloat16", "VEC=8"))
 FORWARD = Launch("swiglu_fwd", 3, 256)
 X = torch.zeros(2, 32, dtype=torch.bfloat16)
-ARGUMENTS = (X, None, X, 4, 16, 32, 0, 16)
+# gate, value, dy, y, dvalue; offsets of gate and value; four row strides; vectors, F
+ARGUMENTS = (X, X, None, X, X, 0, 16, 32, 32, 0, 16, 4, 16)
 
 torch_state = {"stream": 0x57, "capturing": False, "device": 0}
 cases = []
@@ -137,7 +138,7 @@ def threads_at_once():
 
     def run(first):
         for n in range(first, first + 50):
-            device.launch(SWIGLU, FORWARD, (None, None, None, n, 0, 0, 0, 0))
+            device.launch(SWIGLU, FORWARD, (*[None] * 5, *[0] * 6, n, 0))
 
     threads = [threading.Thread(target=run, args=(1000 * i,)) for i in range(4)]
     for thread in threads:

@@ -92,6 +92,27 @@ def find_fault(used, code, launch, limits, plain=True):
     return None
 
 
+def test_subnormal_numbers_and_sums_in_double_survive_compilation():
+    """The compiler gets no option of fast math: what is inexact is written in ptx.cuh.
+
+    Only the division, for NaN, contains an FADD.FTZ of its own.
+    """
+    x, gain = torch.empty(1, 2000, 64, device="meta"), torch.empty(64, device="meta")
+    with catalogue.record_launches("sm_90a") as recorder:
+        for t in (x, x.bfloat16()):
+            _cuda.swiglu_bwd(_cuda.swiglu_fwd(t, None, True), t, None, True)
+            _cuda.residual_rmsnorm_bwd(t, t, t, gain, gain, torch.empty(1, 2000, device="meta"))
+            _cuda.mvsplit_rmsnorm_fwd(t, t, gain, gain, None, None, (2000,), 1e-5, False)
+    doubles = set()
+    for program, launch in recorder.launches:
+        code = disassemble(compile.nvrtc().compile(program, "sm_90a"))[launch.kernel]
+        assert not re.search(r"\bF(MUL|FMA)(\.\w+)*\.FTZ", code), (program, launch.kernel)
+        if "DADD" in code:
+            doubles.add((launch.kernel, program.defines[0]))
+    assert {("cluster_fwd", "DTYPE=float"), ("cluster_fwd", "DTYPE=bfloat16")} <= doubles
+    assert ("sum_rows", "DTYPE=bfloat16") in doubles
+
+
 def test_each_fault_is_detected():
     _, launch = catalogue.list_launches("sm_80")[0]
     used, limits = {"REG": 40, "STACK": 0, "LOCAL": 0}, LIMITS["sm_80"]

@@ -217,12 +217,35 @@ def test_a_compile_error_shows_the_command_and_the_line(run):
 def test_kernels_read_strided_tensors():
     memory = torch.randn(5, 96, dtype=torch.bfloat16)
     with cuda_emulator.using(cuda_emulator.Emulator()) as emulator:
-        assert torch.equal(swiglu_fwd(memory[:, :48]), swiglu_fwd(memory[:, :48].contiguous()))
+        rows = memory[:, :48]
+        expected = swiglu_fwd(rows.contiguous(), None, True)
+        assert torch.equal(swiglu_fwd(rows, None, True), expected)
         assert emulator.counter.launches == 2
-        q, cos = torch.randn(2, 3, 4, 32)[:, :, ::2], torch.rand(3, 16)
-        assert torch.equal(
-            rope_fwd(q, cos, cos, False, False), rope_fwd(q.contiguous(), cos, cos, False, False)
-        )
+        q, cos = torch.randn(2, 3, 4, 32)[:, :, ::2], torch.rand(3, 32)[:, ::2]
+        expected = rope_fwd(q.contiguous(), cos.contiguous(), cos.contiguous(), False, False)
+        assert torch.equal(rope_fwd(q, cos, cos, False, False), expected)
+
+
+def test_approximations_flush_subnormal_numbers_as_the_ptx_isa_says(run):
+    """.ftz flushes inputs and results, and rsqrt.approx without it neither."""
+    tiny, inf = 2.0**-130, math.inf
+    values = torch.tensor([0.0, tiny, -tiny, 1.0, 4.0, inf, -inf, math.nan] * 8)
+    nan = math.nan
+
+    def apply(function):
+        got = run(f"store_one(args.out + tid(), {function}(load_one(args.in + tid())));", values)
+        return [repr(v) for v in got[:8].tolist()]  # repr tells -0.0 from 0.0
+
+    def listed(*expected):
+        return [repr(float(v)) for v in expected]
+
+    assert apply("ex2_approx_ftz_f32") == listed(1, 1, 1, 2, 16, inf, 0, nan)
+    assert apply("rcp_approx_ftz_f32") == listed(inf, inf, -inf, 1, 0.25, 0, -0.0, nan)
+    roots = [v.removeprefix("-") for v in apply("rsqrt_approx_f32")]  # the sign of NaN
+    assert roots == listed(inf, 2.0**65, nan, 1, 0.5, 0, nan, nan)
+    values = torch.tensor([-127.0, -126.0, 2.0**127, -(2.0**127)] * 16)
+    assert apply("ex2_approx_ftz_f32")[:3] == listed(0, 2.0**-126, inf)
+    assert apply("rcp_approx_ftz_f32")[2:4] == listed(0, -0.0)
 
 
 def test_arguments_are_packed_in_eight_bytes_each():

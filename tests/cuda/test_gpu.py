@@ -72,7 +72,12 @@ def test_the_first_launch_loads_the_kernel_and_passes_its_arguments(cases):
     address = result["value"]
     (launch,) = launches(result)
     # The stand-in reads as many bytes as the compiled kernel takes.
-    assert launch.pop("arguments") == struct.pack("8q", address, 0, address, 4, 16, 32, 0, 16).hex()
+    assert (
+        launch.pop("arguments")
+        == struct.pack(
+            "13q", address, address, 0, address, address, 0, 16, 32, 32, 0, 16, 4, 16
+        ).hex()
+    )
     assert launch == {
         "kernel": "swiglu_fwd",
         "grid": "3,1,1",
@@ -121,7 +126,7 @@ def test_the_context_of_the_gpu_is_current_only_for_the_launch(cases):
 
 def test_threads_do_not_share_arguments(cases):
     fields = [bytes.fromhex(x["arguments"]) for x in launches(cases["threads_at_once"])]
-    numbers = sorted(struct.unpack("8q", each)[3] for each in fields)
+    numbers = sorted(struct.unpack("13q", each)[11] for each in fields)
     assert numbers == [1000 * i + n for i in range(4) for n in range(50)]
 
 

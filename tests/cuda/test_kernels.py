@@ -10,6 +10,7 @@ from bench.cases import CASES, Shape
 from bench.common.accuracy import require_case
 from bench.static import cuda_emulator
 from bench.static.traffic import count
+from mvsplit_ops import _cuda
 from mvsplit_ops._cuda import catalogue, device, mvsplit_rmsnorm, rows
 from mvsplit_ops._cuda.launch import LIMITS
 from tests.op_suite import make, variant
@@ -223,11 +224,38 @@ def test_segments_of_the_paper_leave_room_for_blocks_that_load_and_store():
     assert 2 * (plan.shared + 1024) <= cuda_emulator.HOPPER.shared_sm
 
 
-def test_more_segments_than_a_launch_can_take():
+def test_segments_that_the_table_of_a_launch_cannot_hold():
+    """The operator refuses more than 64 segments for every backend; this protects the memory."""
     x, a = torch.randn(1, 65, 8), torch.rand(8)
-    with pytest.raises(ValueError, match="mvsplit_rmsnorm: .*at most 64 segments, got 65; pass"):
-        mv.mvsplit_rmsnorm(x, x, a, a, segments=(1,) * 65)
+    options = 1e-5, False
+    with pytest.raises(RuntimeError, match="at most 64, .* got 65 of 65; pass"):
+        _cuda.mvsplit_rmsnorm_fwd(x, x, a, a, None, None, (1,) * 65, *options)
     assert mv.mvsplit_rmsnorm(x[:, :64], x[:, :64], a, a, segments=(1,) * 64).isfinite().all()
+    with catalogue.record_launches("sm_90a"), torch.device("meta"):
+        x, a = torch.empty(1, 2**31, 1), torch.empty(1)
+        with pytest.raises(
+            RuntimeError, match="of 2147483647 tokens in total, got 1 of 2147483648"
+        ):
+            _cuda.mvsplit_rmsnorm_fwd(x, x, a, a, None, None, (2**31,), *options)
+
+
+def test_more_than_2_to_the_31_rows_fit_the_grid_of_a_launch():
+    with catalogue.record_launches("sm_90a") as recorder, torch.device("meta"):
+        x, a = torch.empty(3, 2**30, 8, dtype=torch.bfloat16), torch.empty(8)
+        for segments in ((2**30,), (2**30 - 64, 64)):
+            y, _, rstd, jx, jf = _cuda.mvsplit_rmsnorm_fwd(
+                x, x, a, a, a, None, segments, 1e-5, True
+            )
+            _cuda.mvsplit_rmsnorm_bwd(x, x, x, a, a, a, rstd, jx, jf, segments)
+        y, rstd = _cuda.residual_rmsnorm_fwd(x, x, a, a, 1e-5)
+        _cuda.residual_rmsnorm_bwd(x, x, x, a, a, rstd)
+        _cuda.swiglu_bwd(_cuda.swiglu_fwd(x, None, True), x, None, True)
+        heads = x.view(3, 2**30, 1, 8)
+        _, _, *rstds = _cuda.qk_norm_fwd(heads, heads, a, a, 1e-6)
+        _cuda.qk_norm_bwd(heads, heads, heads, heads, *rstds, a, a)
+    kernels = {launch.kernel for _, launch in recorder.launches}
+    assert {"sweep_reduce", "residual_bwd", "swiglu_bwd", "heads_bwd"} <= kernels
+    assert all(0 < launch.grid < 2**31 for _, launch in recorder.launches)
 
 
 def test_rows_too_wide_for_shared_memory():
