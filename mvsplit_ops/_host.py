@@ -257,25 +257,6 @@ def table_strides(tables: Tables, x: Tensor) -> TableStrides:
     return tuple((0 if shared else s[0], s[-2], s[-1]) for s in strides)
 
 
-def prepare_tables(tables: Tables, x: Tensor) -> tuple[Tables, tuple[int, ...]]:
-    """Return cos and sin with equal strides, and their (sample, token) strides; (), () for none."""
-    if not tables:
-        return (), ()
-    cos, sin = tables
-    dtype = x.dtype if cos.dtype == x.dtype else torch.float32
-    cos, sin = cos.to(dtype), sin.to(dtype)
-    B, T, _, D = x.shape
-    if cos.dim() == 3:
-        cos, sin = cos.expand(B, -1, -1), sin.expand(B, -1, -1)
-    length = max(T, cos.shape[-2])
-    expected = (B, length, D // 2) if cos.dim() == 3 else (length, D // 2)
-    require("cos", cos, expected, torch.float32, x.dtype)
-    require("sin", sin, expected, torch.float32, x.dtype)
-    if cos.stride(-1) != 1 or sin.stride() != cos.stride():
-        cos, sin = cos.contiguous(), sin.contiguous()
-    return (cos, sin), (cos.stride(0) if cos.dim() == 3 else 0, cos.stride(-2))
-
-
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 

@@ -215,7 +215,9 @@ class _MergeCall:
         )
         if isinstance(self.plan, Rows):
             summed = carry or direction == "backward"
-            self.share = rows_per_block(self.plan, self.B * self.T, summed)
+            # Sums of a sample must not depend on the batch.
+            rows = self.T if summed else self.B * self.T
+            self.share = rows_per_block(self.plan, rows, summed)
             self.blocks = count_blocks(segments, self.share)
 
     def launch_clusters(
@@ -291,7 +293,9 @@ def _choose_plan(
         layout = {"VEC": width, "LANES": plan.lanes, "ITEMS": plan.items, "THREADS": plan.threads}
         layout |= {"BACKWARD": int(direction == "backward"), "COPY": plan.copy}
         long = max(segments) > RUN * plan.threads // plan.lanes
-        program = make_program("mvsplit_rmsnorm", dtype, CLUSTER=1, **layout, **flags, LONG=int(long))
+        program = make_program(
+            "mvsplit_rmsnorm", dtype, CLUSTER=1, **layout, **flags, LONG=int(long)
+        )
         kernel = CLUSTER_KERNELS[direction]
         one = Launch(kernel, plan.blocks, plan.threads, plan.blocks, plan.shared)
         if device.holds(program, one):  # a slice of a GPU, or a small one, may not hold 16 blocks

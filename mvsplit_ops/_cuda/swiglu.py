@@ -20,9 +20,7 @@ def swiglu_fwd(x: Tensor, up: Tensor | None, gate_first: bool) -> Tensor:
     return y
 
 
-def swiglu_bwd(
-    dy: Tensor, x: Tensor, up: Tensor | None, gate_first: bool
-) -> tuple[Tensor, Tensor]:
+def swiglu_bwd(dy: Tensor, x: Tensor, up: Tensor | None, gate_first: bool) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and of up; that of up is empty for a packed x."""
     F = x.shape[-1] // 2 if up is None else x.shape[-1]
     require("dy", dy, (*x.shape[:-1], F), x.dtype)
