@@ -25,7 +25,7 @@ BUDGET = {
     "rope_qk_norm": (4.4, 6.5),
     "swiglu": (9.1, 15.1),
     "mvsplit_rmsnorm": (5.6, 8.0),
-    "mvsplit_rmsnorm_with_mean": (4.6, 8.0),
+    "mvsplit_rmsnorm_with_mean": (4.7, 8.0),
     "residual_rmsnorm": (3.4, 5.5),
 }
 LAUNCHES = {
@@ -82,12 +82,12 @@ def test_interpreted_kernels_are_counted_to_the_byte():
     from mvsplit_ops.triton_kernels.swiglu import swiglu_bwd, swiglu_fwd
 
     with triton_interpreter.count_bytes(ByteCounter()) as counted:
-        swiglu_fwd(x)
+        swiglu_fwd(x, None, True)
     assert counted == counter_without_repeats(3 * 40 * 2, 3 * 20 * 2, 1)
     with triton_interpreter.count_bytes(counted):
-        swiglu_bwd(x[:, :20], x)
+        swiglu_bwd(x[:, :20], x, None, True)
     assert counted == counter_without_repeats(3 * (40 + 60) * 2, 3 * (20 + 40) * 2, 2)
-    swiglu_fwd(x)
+    swiglu_fwd(x, None, True)
     assert counted.launches == 2  # not counted outside the block
 
 
@@ -126,7 +126,7 @@ def test_the_recorder_keeps_only_kernel_ops():
         torch.ones(2) + 1
     ((op, args, result),) = recorder.calls
     assert traffic.split_kernel_op(op) == ("swiglu", "fwd")
-    assert args[1] == "triton" and result.shape == (1, 32, 48)
+    assert args[-1] == "triton" and result.shape == (1, 32, 48)
 
 
 def test_a_record_has_every_backend_and_can_be_read_from_its_file(tmp_path):
