@@ -20,7 +20,6 @@
 #endif
 constexpr int GROUPS = THREADS / LANES, WARPS = THREADS / 32, CHUNKS = 4;
 constexpr int PLAIN = 0, ASYNC = 1, BULK = 2;  // values of COPY, see fetch
-using Total = Sum<LONG || (sizeof(T) > 2)>;    // of column sums
 static_assert(COPY == PLAIN || VEC * sizeof(T) == 16, "");
 
 struct Args {
@@ -220,22 +219,21 @@ DEVICE void write_columns(global<A> to, const Tile& tile, const V (&values)[ITEM
     }
 }
 
-// Add one vector of `count` rows: as a tree, whose sum of equal rows is exact, or in double.
-template <int count>
-DEVICE void sum_warps(const A* rows, int slice, Total (&sum)[VEC]) {
-    A values[VEC];
-    if constexpr (count == 1 || sizeof(Total) == 8) {
-        widen<A, VEC>(load_shared<VEC>(rows), values);
-#pragma unroll
-        for (int j = 0; j < VEC; ++j) sum[j] = values[j];
+// Add one vector of `count` rows: as a tree, whose sum of equal rows is exact, or in double to `sum`.
+template <int count, typename V>
+DEVICE void sum_warps(const A* rows, int slice, V (&sum)[VEC]) {
+    if constexpr (sizeof(V) == 8) {
 #pragma unroll 2
-        for (int w = 1; w < count; ++w) {
+        for (int w = 0; w < count; ++w) {
+            A values[VEC];
             widen<A, VEC>(load_shared<VEC>(rows + w * slice), values);
 #pragma unroll
             for (int j = 0; j < VEC; ++j) sum[j] += values[j];
         }
+    } else if constexpr (count == 1) {
+        widen<A, VEC>(load_shared<VEC>(rows), sum);
     } else {
-        Total more[VEC];
+        V more[VEC];
         sum_warps<count / 2>(rows, slice, sum);
         sum_warps<count / 2>(rows + count / 2 * slice, slice, more);
 #pragma unroll
@@ -243,22 +241,37 @@ DEVICE void sum_warps(const A* rows, int slice, Total (&sum)[VEC]) {
     }
 }
 
-// Replace the column sums of each thread by those of the block, added in a fixed order.
+// Replace the column sums of each thread by those of the block, added in a fixed order. The shared
+// memory has the size of A: of a sum in double first the rounded value is exchanged, then the rest.
 DEVICE void sum_columns(Total (&sums)[ITEMS][VEC], A* columns, int slice) {
+    constexpr int PARTS = sizeof(Total) / sizeof(A);
     int warp = tid() / 32;
-    barrier_sync();
-#pragma unroll
-    for (int i = 0; i < ITEMS; ++i) {
-        A rounded[VEC];
-#pragma unroll
-        for (int j = 0; j < VEC; ++j) rounded[j] = (A)sum_lanes<32 / LANES>(sums[i][j], LANES);
-        if (tid() % 32 < LANES && column(i) < slice)
-            store_shared(columns + warp * slice + column(i), narrow<A>(rounded));
-    }
-    barrier_sync();
+    Total left[ITEMS][VEC];
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i)
-        if (column(i) < slice) sum_warps<WARPS>(columns + column(i), slice, sums[i]);
+#pragma unroll
+        for (int j = 0; j < VEC; ++j)
+            left[i][j] = sum_lanes<32 / LANES>(sums[i][j], LANES), sums[i][j] = 0;
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) {
+        barrier_sync();
+#pragma unroll
+        for (int i = 0; i < ITEMS; ++i) {
+            A rounded[VEC];
+#pragma unroll
+            for (int j = 0; j < VEC; ++j) {
+                rounded[j] = (A)left[i][j];
+                bool finite = rounded[j] - rounded[j] == 0;
+                left[i][j] = finite ? left[i][j] - rounded[j] : 0;  // not inf - inf
+            }
+            if (tid() % 32 < LANES && column(i) < slice)
+                store_shared(columns + warp * slice + column(i), narrow<A>(rounded));
+        }
+        barrier_sync();
+#pragma unroll
+        for (int i = 0; i < ITEMS; ++i)
+            if (column(i) < slice) sum_warps<WARPS>(columns + column(i), slice, sums[i]);
+    }
 }
 
 DEVICE void store_remote(u32 address, float v) { st_shared_cluster_b32(address, mov_b32(v)); }

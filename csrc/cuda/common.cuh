@@ -35,6 +35,12 @@ constexpr int RUN = 16;
 // Whether a merge subtracts the means of f from f. For 16-bit rows they are part of one vector per
 // segment, which saves registers: the rounding of a row is larger than the error of the difference.
 constexpr bool CENTRED = sizeof(T) > 2;
+
+// x + scale * f + shift, where f is centred or `shift` includes -scale * jf. The two terms that may
+// almost cancel are added first, without a rounding in between.
+DEVICE A merged(A x, A scale, A f, A shift) {
+    return CENTRED ? x + scale * f + shift : x + (scale * f + shift);
+}
 template <bool many>
 struct sum_type {
     using type = A;

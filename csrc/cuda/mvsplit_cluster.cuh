@@ -74,7 +74,7 @@ KERNEL(cluster_fwd, Args, THREADS, THREADS > 256 || LONG ? 1 : ITEMS == 1 && !WE
 #pragma unroll
         for (int j = 0; j < VEC; ++j) {
             if (CENTRED) f[j] -= jf[i][j];
-            z[j] += beta[i][j] * f[j] + shift[i][j];
+            z[j] = merged(z[j], beta[i][j], f[j], shift[i][j]);
         }
     };
     for (int first = 0; first < tile.rows; first += GROUPS) {
@@ -168,7 +168,7 @@ KERNEL(cluster_bwd, Args, THREADS, THREADS > 256 || LONG ? 1 : 2) {
 #pragma unroll
         for (int j = 0; j < VEC; ++j) {
             A shift = shift_of(alpha[i][j], beta[i][j], jx[i][j], jf[i][j]);
-            n[j] = (n[j] + (beta[i][j] * f[j] + shift)) * rstd;
+            n[j] = merged(n[j], beta[i][j], f[j], shift) * rstd;
         }
     };
     Total sum_dz[ITEMS][VEC] = {}, sum_dzf[ITEMS][VEC] = {}, sum_dyn[ITEMS][VEC] = {};

@@ -28,6 +28,8 @@ struct Segment {
 #define LONG 0  // a thread adds more than RUN rows to the sums of columns
 #endif
 
+using Total = Sum<LONG || (sizeof(T) > 2)>;  // of sums over the tokens of a segment
+
 DEVICE A shift_of(A alpha, A beta, A jx, A jf) {
     A shift = alpha * (jf - jx);
     return CENTRED ? shift : shift - beta * jf;

@@ -5,8 +5,8 @@
 // written) or 8 with a weight (sweep_gradients 3 read).
 // Launch: sweep_means has a block per 8 vectors of columns of a segment; sweep_apply, sweep_reduce
 // and sweep_gradients have blocks of at most `share` rows of one segment, `blocks` per sample
-// (rows.cuh); sweep_units has a block per 32 columns of a segment. Shared memory, in A: sweep_means
-// 2 * 256 * VEC, sweep_units 256, the others as in rows.cuh. Preconditions: as in rows.cuh; LONG if
+// (rows.cuh); sweep_units has a block per 32 columns of a segment. Shared memory: sweep_means
+// 2 * 256 * VEC of Total, sweep_units 256 A, the others as in rows.cuh. Preconditions: as in rows.cuh; LONG if
 // a segment has more than 32 * RUN rows; blocks that sum rows have few (rows_per_block).
 // Deterministic: rows of a block and partial rows are added in a fixed order.
 #pragma once
@@ -108,7 +108,7 @@ KERNEL(sweep_means, Args, 256, 3) {
     int column_lane = tid() % COLUMN_LANES, row_group = tid() / COLUMN_LANES;
     i64 d = (ctaid() % slices * COLUMN_LANES + column_lane) * VEC;
     bool live = d < args.D;
-    Sum<LONG || (sizeof(T) > 2)> sum_x[VEC] = {}, sum_f[VEC] = {};
+    Total sum_x[VEC] = {}, sum_f[VEC] = {};
     if (live)
 #pragma unroll 2
         for (i64 t = segment.begin + row_group; t < segment.end; t += ROWS_AT_ONCE) {
@@ -119,10 +119,9 @@ KERNEL(sweep_means, Args, 256, 3) {
 #pragma unroll
             for (int j = 0; j < VEC; ++j) sum_x[j] += x[j], sum_f[j] += f[j];
         }
-    A(*parts)[256][VEC] = (A(*)[256][VEC])dynamic_shared();
+    Total(*parts)[256][VEC] = (Total(*)[256][VEC])dynamic_shared();
 #pragma unroll
-    for (int j = 0; j < VEC; ++j)
-        parts[0][tid()][j] = (A)sum_x[j], parts[1][tid()][j] = (A)sum_f[j];
+    for (int j = 0; j < VEC; ++j) parts[0][tid()][j] = sum_x[j], parts[1][tid()][j] = sum_f[j];
     barrier_sync();
     // Half of the groups remain after each step: the sum of equal parts is exact.
     for (int half = ROWS_AT_ONCE / 2; half; half /= 2) {
@@ -136,14 +135,15 @@ KERNEL(sweep_means, Args, 256, 3) {
     }
     if (row_group || !live) return;
     i64 offset = (b * args.S + segment.index) * args.D + d;
-    A alpha[VEC], beta[VEC], jx[VEC], jf[VEC], shift[VEC], Ts = segment.end - segment.begin;
+    A alpha[VEC], beta[VEC], jx[VEC], jf[VEC], shift[VEC];
+    Total Ts = segment.end - segment.begin;
     load_parameter<VEC>(args.alpha, d, true, alpha);
     load_parameter<VEC>(args.beta, d, true, beta);
     if (args.input_jx) widen<A, VEC>(load<VEC>(args.input_jx + offset), jx);
 #pragma unroll
     for (int j = 0; j < VEC; ++j) {
-        if (!args.input_jx) jx[j] = parts[0][tid()][j] / Ts;
-        jf[j] = parts[1][tid()][j] / Ts;
+        if (!args.input_jx) jx[j] = (A)(parts[0][tid()][j] / Ts);
+        jf[j] = (A)(parts[1][tid()][j] / Ts);
         shift[j] = shift_of(alpha[j], beta[j], jx[j], jf[j]);
     }
     if (!args.input_jx) store(args.jx + offset, narrow<A>(jx));

@@ -137,8 +137,10 @@ DEVICE void merge(const Row& x, const Row& f, const A* scale, Means centre, cons
 #pragma unroll
     for (int j = 0; j < VEC; ++j) {
         if (SHIFT && CENTRED) branch[j] -= means[j];
-        if (SCALE) branch[j] *= s[j];
-        z[j] += SHIFT ? branch[j] + more[j] : branch[j];
+        if (SHIFT)
+            z[j] = merged(z[j], s[j], branch[j], more[j]);
+        else
+            z[j] += SCALE ? s[j] * branch[j] : branch[j];
     }
 }
 

@@ -147,12 +147,13 @@ def mvsplit_rmsnorm_fwd(
     shift = new_statistics(x, B, S, D)
     partials = new_statistics(x, 1, B * call.blocks, D) if carry else None
     sweep = *tensors, shift, None, None, partials, None
-    columns, values = MEANS_LANES * plan.width, 2 * plan.width
-    call.launch_columns("sweep_means", columns, sweep, eps, values)
+    total = 8 if _is_long(call.segments, MEANS_ROWS) or x.element_size() > 2 else 4
+    columns, shared = MEANS_LANES * plan.width, 2 * plan.width * total
+    call.launch_columns("sweep_means", columns, sweep, eps, shared)
     vectors = 2 + (x.element_size() > 2) + call.weighted
     call.launch_rows(plan, "sweep_apply", vectors, sweep, eps, sums=carry)
     if carry:
-        call.launch_columns("sweep_units", SUM_COLUMNS, sweep, eps)
+        call.launch_columns("sweep_units", SUM_COLUMNS, sweep, eps, call.accumulator)
     return y, jy, rstd, new_jx, jf
 
 
@@ -186,7 +187,7 @@ def mvsplit_rmsnorm_bwd(
         partials = new_statistics(dy, params, B * call.blocks, D)
         sweep = *tensors, None, jdz, mean, partials, parts
         call.launch_rows(plan, "sweep_reduce", 1 + 3 * call.weighted, sweep, 0.0, sums=True)
-        call.launch_columns("sweep_units", SUM_COLUMNS, sweep, 0.0)
+        call.launch_columns("sweep_units", SUM_COLUMNS, sweep, 0.0, call.accumulator)
         call.launch_rows(plan, "sweep_gradients", 3 + 2 * call.weighted, sweep, 0.0)
     dparams = sum_rows(parts, call.program)
     return dx, df, *dparams, *([] if weight is not None else [new_statistics(dy, 0)])
@@ -246,12 +247,11 @@ class _MergeCall:
         self._launch(launch, tensors, numbers, eps, _pack_segments(self.segments))
 
     def launch_columns(
-        self, kernel: str, columns: int, tensors: Sequence[Argument], eps: float, values: int = 1
+        self, kernel: str, columns: int, tensors: Sequence[Argument], eps: float, shared: int
     ) -> None:
-        """Launch a block for so many columns of a segment, with `values` per thread to exchange."""
+        """Launch a block for so many columns of a segment; shared: bytes per thread to exchange."""
         grid = self.B * len(self.segments) * ceil_div(self.D, columns)
-        shared = MERGE_THREADS * values * self.accumulator
-        launch = Launch(kernel, grid, MERGE_THREADS, shared=shared)
+        launch = Launch(kernel, grid, MERGE_THREADS, shared=MERGE_THREADS * shared)
         numbers = self.share, self.blocks
         self._launch(launch, tensors, numbers, eps, _pack_segments(self.segments))
 
@@ -267,6 +267,11 @@ class _MergeCall:
         sizes = self.B, self.T, self.D, len(self.segments)
         args = *tensors, *fields, *sizes, *numbers, eps, table
         self.device.launch(self.program, launch, args)
+
+
+def _is_long(segments: Sequence[int], rows: int) -> bool:
+    """Return whether a thread of a block that works on `rows` rows at once adds more than RUN."""
+    return max(segments) > RUN * rows
 
 
 @functools.lru_cache(maxsize=4096)
@@ -292,7 +297,7 @@ def _choose_plan(
     for plan in list_clusters(direction, max(segments), D, sizes, device.limits, weighted):
         layout = {"VEC": width, "LANES": plan.lanes, "ITEMS": plan.items, "THREADS": plan.threads}
         layout |= {"BACKWARD": int(direction == "backward"), "COPY": plan.copy}
-        long = max(segments) > RUN * plan.threads // plan.lanes
+        long = _is_long(segments, plan.threads // plan.lanes)
         program = make_program(
             "mvsplit_rmsnorm", dtype, CLUSTER=1, **layout, **flags, LONG=int(long)
         )
@@ -301,7 +306,7 @@ def _choose_plan(
         if device.holds(program, one):  # a slice of a GPU, or a small one, may not hold 16 blocks
             return program, plan
     rows = lay_out_rows(direction, D, accumulator, width)
-    flags |= {"BRANCH": int(weighted), "LONG": int(max(segments) > RUN * MEANS_ROWS)}
+    flags |= {"BRANCH": int(weighted), "LONG": int(_is_long(segments, MEANS_ROWS))}
     program = make_program("mvsplit_rmsnorm", dtype, CLUSTER=0, **rows.defines, SCALE=1, **flags)
     return program, rows
 
