@@ -49,9 +49,10 @@ from mvsplit_ops.triton_kernels._common import launch, sum_rows, wide
 # Pairs of a tile, and its warps: 8 pairs per thread, in bf16 two 16-byte loads in flight forward
 # and four backward. Twice the tile took 90 registers instead of 54 and more exchanges of angles.
 TILE_PAIRS, TILE_WARPS = 1024, 4
-MOST_HEADS = 8  # of a tile; more are processed one tile after another, with the same angles
 # Most tiles that a program adds to dw one after another. sum_rows adds the sums of the programs.
 MOST_TILES = 32
+# Heads of a tile; more are processed one tile after another, with the same angles.
+MOST_HEADS = 8
 
 
 def _forward(
@@ -134,7 +135,8 @@ def _choose_options(xs: list[Tensor], modes: HeadModes) -> tuple[int, dict[str, 
     B, T, _, D = xs[0].shape
     pairs = next_power_of_two(ceil_div(D, 2))
     counts = tuple(x.shape[2] for x in xs)
-    heads = min(next_power_of_two(max(counts)), MOST_HEADS)
+    most = max(MOST_HEADS, next_power_of_two(ceil_div(max(counts), MOST_TILES)))
+    heads = min(next_power_of_two(max(counts)), most)
     tile = HeadTile(max(1, TILE_PAIRS // (heads * pairs)), heads, pairs)
     options = {"HEADS": counts, "D": D, "TILE": tile, "MODES": modes, "num_warps": TILE_WARPS}
     return B * T if D else 0, options

@@ -31,7 +31,7 @@ def use() -> None:
 
 
 def _correct_interpreter() -> None:
-    """Replace methods of Triton's interpreter, once; compiled kernels are not affected.
+    """Replace methods of Triton's interpreter that differ from compiled kernels, once.
 
     cast_impl     truncates float32 to bfloat16, with up to twice the error of a GPU and always
                   towards zero: the replacement rounds to nearest even. It is also faster, since the
@@ -40,11 +40,8 @@ def _correct_interpreter() -> None:
                   mask, and loads then refuse the mask: the replacement keeps it boolean.
     sum           adds the rows of a tile one after another: the replacement adds them as a tree,
                   as threads and warps of a GPU do.
-    __call__      of a function patches triton.language again at each call, which takes half of the
-                  interpreter's time: the replacement patches once per launch and module.
     """
     import triton.language as tl
-    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
 
     convert, splat = InterpreterBuilder.cast_impl, InterpreterBuilder.create_splat
@@ -76,6 +73,18 @@ def _correct_interpreter() -> None:
             data = first + second
         return self.to_tensor(data if self.keep_dims else data.squeeze(self.axis), tile.dtype)
 
+    InterpreterBuilder.cast_impl, InterpreterBuilder.create_splat = cast, create_splat
+    ReduceOps.sum = sum_as_tree
+    _patch_language_once()
+
+
+def _patch_language_once() -> None:
+    """Let a launch patch triton.language once per module that has functions of the kernel.
+
+    The interpreter does so at each call of such a function, which takes half of its time.
+    """
+    from triton.runtime import interpreter
+
     run, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
     patched: set[int] = set()
 
@@ -89,8 +98,6 @@ def _correct_interpreter() -> None:
         patched.add(id(function.__globals__))
         return patch(function)
 
-    InterpreterBuilder.cast_impl, InterpreterBuilder.create_splat = cast, create_splat
-    ReduceOps.sum = sum_as_tree
     interpreter.GridExecutor.__call__, interpreter._patch_lang = launch, patch_once
 
 
