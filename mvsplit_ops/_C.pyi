@@ -2,7 +2,8 @@
 
 Each operator has `<op>_fwd` and `<op>_bwd` with the arguments and results that `_register.py`
 registers. A statistic, and the gradient of a parameter, has the accumulator dtype: float64 for
-float64 activations, else float32. A result that does not exist is an empty tensor.
+float64 activations, else float32. A result that does not exist is an empty tensor. Rotary tables
+are (T, Dh/2), (1, T, Dh/2) or (B, T, Dh/2) of any floating-point dtype, with any strides.
 """
 
 from collections.abc import Sequence
@@ -73,7 +74,9 @@ def rope_qk_norm_bwd(
     With rotation first and without a weight, q and k are the results of forward.
     """
 
-def swiglu_fwd(x: Tensor, up: Tensor | None, gate_first: bool, /) -> Tensor: ...
+def swiglu_fwd(x: Tensor, up: Tensor | None, gate_first: bool, /) -> Tensor:
+    """Return y. Without `up`, x is packed; else x is the gate."""
+
 def swiglu_bwd(dy: Tensor, x: Tensor, up: Tensor | None, gate_first: bool, /) -> _Two:
     """Return dx and dup; dup is empty if x is packed."""
 

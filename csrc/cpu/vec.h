@@ -87,7 +87,8 @@ inline vec::Vectorized<T> round_to(const Acc<T>& a) {
     if constexpr (kParts<T> == 1) return a[0];
 #ifdef __AVX512BF16__
     else if constexpr (std::is_same_v<T, c10::BFloat16>)
-        // One instruction; rounding in software takes 20.
+        // One instruction; rounding in software takes 20. It rounds subnormal numbers (below 1.2e-38)
+        // to zero; a test for them would take a tenth of the time of each kernel.
         return (__m512i)_mm512_cvtne2ps_pbh(a[1], a[0]);
 #endif
     else
