@@ -39,12 +39,12 @@ def large_mean(g, *shape):
 
 
 def alternating(g, *shape):
-    """Return values whose signs alternate along tokens and rows: their sums almost vanish."""
+    """Return values whose signs alternate along tokens and rows: their sums are small."""
     tokens, columns = (torch.arange(n) for n in (shape[1], shape[-1]))
     signs = 1 - 2.0 * ((tokens[:, None] + columns) % 2)
     signs = signs.view(shape[1], *[1] * (len(shape) - 3), shape[-1])
     sizes = 1 + torch.rand(shape[-1], generator=g)
-    return signs * (sizes + 0.01 * torch.randn(shape, generator=g))
+    return signs * (sizes + 0.2 * torch.randn(shape, generator=g))
 
 
 def one_outlier(g, *shape):
