@@ -241,6 +241,22 @@ DEVICE void sum_warps(const A* rows, int slice, V (&sum)[VEC]) {
     }
 }
 
+// Add one vector of each warp's row in pairs: fewer registers than a tree, which would spill forward
+// with a weight and a carried mean.
+template <typename V>
+DEVICE void sum_pairs_of_warps(const A* rows, int slice, V (&sum)[VEC]) {
+#pragma unroll
+    for (int w = 0; w < WARPS; w += 2) {
+        vec<A, VEC> even = load_shared<VEC>(rows + w * slice);
+        vec<A, VEC> odd = load_shared<VEC>(rows + (w + 1) * slice);
+#pragma unroll
+        for (int j = 0; j < VEC; ++j) {
+            A pair = element<A>(even, j) + element<A>(odd, j);
+            sum[j] = w ? sum[j] + pair : pair;
+        }
+    }
+}
+
 // Replace the column sums of each thread by those of the block, added in a fixed order. The shared
 // memory has the size of A: of a sum in double first the rounded value is exchanged, then the rest.
 DEVICE void sum_columns(Total (&sums)[ITEMS][VEC], A* columns, int slice) {
@@ -270,7 +286,12 @@ DEVICE void sum_columns(Total (&sums)[ITEMS][VEC], A* columns, int slice) {
         barrier_sync();
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i)
-            if (column(i) < slice) sum_warps<WARPS>(columns + column(i), slice, sums[i]);
+            if (column(i) < slice) {
+                if constexpr (!BACKWARD && WEIGHT && CARRY && sizeof(Total) == 4)
+                    sum_pairs_of_warps(columns + column(i), slice, sums[i]);
+                else
+                    sum_warps<WARPS>(columns + column(i), slice, sums[i]);
+            }
     }
 }
 
