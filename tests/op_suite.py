@@ -62,10 +62,10 @@ class Effort:
     long: tuple[int, int]  # segments of several tasks or programs
 
 
-EFFORT = dict.fromkeys(("cpu", "triton", "cuda"), Effort(10, 70, (70, 65)))
+EFFORT = dict.fromkeys(("cpu", "triton", "cuda"), Effort(6, 70, (70, 65)))
 if not torch.cuda.is_available():
     EFFORT["triton"] = Effort(2, 20, (20, 17))
-    EFFORT["cuda"] = Effort(5, 40, (40, 33))
+    EFFORT["cuda"] = Effort(3, 40, (40, 33))
 SMALL = Shape(B=2, segments=(5, 1, 3), D=48, H=3, F=20)
 OPCHECKS = (
     "test_schema",
